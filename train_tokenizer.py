@@ -1,0 +1,691 @@
+"""Stage 1: train the RecTok tokenizer. Stage 1b: fine-tune its pixel decoder.
+
+    python train_tokenizer.py --tiny                                              # a laptop: no data, no downloads
+    torchrun --nproc_per_node=8 train_tokenizer.py --data data/imagenet/train     # the published recipe
+    torchrun --nproc_per_node=8 train_tokenizer.py --data data/imagenet/train --finetune_decoder out/tokenizer/last.pt
+    torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_tokenizer.py --data ...
+
+Running the same command again goes on from --out/last.pt. The same script runs with and without torchrun.
+"""
+import argparse
+import contextlib
+import csv
+import functools
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from copy import deepcopy
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from tokenizer import (DINO, SIZES, ImageFolder, RecTok, Shapes, Teacher, TokenizerConfig, flow, latent_shift,
+                       load_named, load_teacher, load_tokenizer, random_keep, read_weights, sample_time, to_float,
+                       weight_file)
+
+
+# ---------------------------------------------------------------- losses (all reductions in float32)
+
+class LPIPS(nn.Module):
+    """LPIPS v0.1 on VGG16 (Zhang et al. 2018): (target, prediction) in [-1, 1] -> (B,). weights: folder or "random"."""
+    LAYERS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
+
+    def __init__(self, weights="weights"):
+        super().__init__()
+        layers, width = [], 3
+        for out in self.LAYERS:
+            layers += [nn.MaxPool2d(2)] if out == "pool" else [nn.Conv2d(width, out, 3, padding=1), nn.ReLU()]
+            width = width if out == "pool" else out
+        self.features = nn.Sequential(*layers)                   # torchvision's names, up to relu5_3
+        self.heads = nn.ParameterList(torch.rand(1, c, 1, 1) / c for c in (64, 128, 256, 512, 512))
+        if weights != "random":
+            path = weight_file("vgg16-397923af.pth", weights)
+            vgg = {n[9:]: w for n, w in read_weights(path).items() if n.startswith("features.")}
+            load_named(self.features, vgg, path)
+            path = weight_file("vgg.pth", weights)
+            load_named(self.heads, {n[3]: w for n, w in read_weights(path).items()}, path)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+
+    def unit_features(self, images):
+        x, out = (images - self.shift) / self.scale, []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in (3, 8, 15, 22, 29):                          # relu1_2, 2_2, 3_3, 4_3, 5_3
+                out.append(x.float() / (x.float().norm(dim=1, keepdim=True) + 1e-10))
+        return out
+
+    def forward(self, target, prediction):
+        with torch.no_grad():
+            real = self.unit_features(target)
+        return sum(((a - b) ** 2 * w).sum(1).mean((1, 2))
+                   for a, b, w in zip(real, self.unit_features(prediction), self.heads))
+
+
+class ConvNeXt(nn.Module):
+    """ConvNeXt-S (Liu et al. 2022) under torchvision's names: ImageNet-normalised (B, 3, 224, 224) -> logits (B, 1000)."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, before = nn.ModuleList(), 3
+        for i, (depth, width) in enumerate(zip((3, 3, 27, 3), (96, 192, 384, 768))):
+            norm = nn.LayerNorm(before if i else width, eps=1e-6)
+            conv = nn.Conv2d(before, width, 2 if i else 4, stride=2 if i else 4)
+            self.features.append(nn.ModuleList([norm, conv] if i else [conv, norm]))
+            self.features.append(nn.ModuleList(self.block(width) for _ in range(depth)))
+            before = width
+        self.classifier = nn.Sequential(nn.LayerNorm(768, eps=1e-6), nn.Identity(), nn.Linear(768, 1000))
+
+    @staticmethod
+    def block(width):
+        block = nn.Module()
+        block.layer_scale = nn.Parameter(torch.ones(width, 1, 1))
+        block.block = nn.ModuleDict({"0": nn.Conv2d(width, width, 7, padding=3, groups=width),
+                                     "2": nn.LayerNorm(width, eps=1e-6),
+                                     "3": nn.Linear(width, 4 * width), "5": nn.Linear(4 * width, width)})
+        return block
+
+    def forward(self, x):
+        def conv(layer, x):                                      # x is (B, h, w, c) throughout
+            return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x.permute(0, 2, 3, 1)
+        for stem, blocks in zip(self.features[::2], self.features[1::2]):
+            for layer in stem:
+                x = conv(layer, x) if isinstance(layer, nn.Conv2d) else layer(x)
+            for b in blocks:
+                f = b.block
+                x = x + b.layer_scale.flatten() * f["5"](F.gelu(f["3"](f["2"](conv(f["0"], x)))))
+        return self.classifier(x.mean((1, 2)))
+
+
+class PerceptualLoss(nn.Module):
+    """(1.0 LPIPS + 0.1 MSE of ConvNeXt-S logits) / 1.1 of (target, prediction) in [0, 1] -> scalar."""
+
+    def __init__(self, weights="weights"):
+        super().__init__()
+        self.lpips, self.convnext = LPIPS(weights), ConvNeXt()
+        if weights != "random":
+            path = weight_file("convnext_small-0c510722.pth", weights)
+            load_named(self.convnext, read_weights(path), path)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+
+    def logits(self, images):
+        x = F.interpolate(images, size=224, mode="bilinear", antialias=True)
+        return self.convnext((x - self.mean) / self.std).float()
+
+    def forward(self, target, prediction):
+        lpips = self.lpips(target * 2 - 1, prediction * 2 - 1).mean()
+        with torch.no_grad():
+            real = self.logits(target)
+        convnext = F.mse_loss(self.logits(prediction), real)
+        return (1.0 * lpips + 0.1 * convnext) / 1.1
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch statistics always, as published (D never leaves train mode); the running ones only carry their names."""
+
+    def forward(self, x):
+        return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+
+
+class PatchGAN(nn.Module):
+    """Patch discriminator (Isola et al. 2017): images in [0, 1] -> logits (B, 1, h, w)."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for width, out, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
+            layers += [nn.Conv2d(width, out, 4, stride, 1, bias=False), BatchNorm(out), nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, 1, 1))
+
+    def forward(self, images):
+        return self.main(images)
+
+
+def hinge_loss(real, fake):
+    """Discriminator loss: half of mean relu(1 - D(real)) + mean relu(1 + D(fake))."""
+    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
+
+
+def kl_loss(mean, logvar):
+    """KL(N(mean, exp(logvar)) || N(0, 1)), summed over the visible tokens and channels: (B, K, C) -> (B,)."""
+    mean, logvar = mean.float(), logvar.float()
+    return 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum((1, 2))
+
+
+def semantic_loss(pred, target, kind="cosine", hidden=None):
+    """1 - cosine (or l1, l2) of (B, N, D), averaged over tokens; over the hidden (B, N) ones where given (0 if none)."""
+    pred, target = pred.float(), target.float()
+    if kind == "cosine":
+        loss = 1 - (F.normalize(pred, dim=-1) * F.normalize(target, dim=-1)).sum(-1)           # (B, N)
+    else:
+        loss = ((pred - target).abs() if kind == "l1" else (pred - target) ** 2).mean(-1)
+    return loss.mean() if hidden is None else (loss * hidden).sum() / hidden.sum().clamp(min=1)
+
+
+def lr_at(progress, peak, warmup=0.25):
+    """Learning rate at a fraction of training in [0, 1]: linear warm-up from 0, then cosine to 0."""
+    if progress < warmup:
+        return peak * progress / warmup
+    return 0.5 * peak * (1 + np.cos(np.pi * min(1, (progress - warmup) / (1 - warmup))))
+
+
+# ---------------------------------------------------------------- one pass of training: the method
+
+class RecTokPass(nn.Module):
+    """What DDP wraps: images in [-1, 1] and the draws of a micro-batch -> all that the losses read."""
+
+    def __init__(self, model, args):
+        super().__init__()
+        self.model, self.gamma = model, args.gamma
+        self.read_flow, self.decode_noisy = args.distill == "flow", args.decode == "noisy"
+
+    def forward(self, images, keep, eps, noise, t):
+        mean, logvar = self.model.encode(images, keep)              # RAD: the encoder sees visible patches only
+        z = mean + (logvar / 2).exp() * eps                         # posterior sample (B, K, C)
+        z_t = flow(z, self.gamma * noise, t) if self.gamma else z   # the path that the DiT will walk
+        predicted = []
+        if self.model.config.semantic != "none":                    # FSD: predict the VFM from z_t, of ALL patches
+            predicted = self.model.predict(z_t if self.read_flow else z, keep)
+        reconstruction = self.model.decode(z_t if self.decode_noisy else z, keep)
+        return mean, logvar, predicted if isinstance(predicted, list) else [predicted], reconstruction
+
+
+def draw(args, config, B, seed, device):
+    """The random draws of one micro-batch, a function of `seed` alone: keep (B, K), eps and noise (B, K, C), t (B,)."""
+    rng = torch.Generator(device).manual_seed(seed)
+    ratio = np.random.default_rng(seed).uniform(args.mask_min, args.mask_max)        # one a micro-batch
+    keep = random_keep(B, config.grid ** 2, max(0.0, ratio),
+                       torch.rand(B, config.grid ** 2, generator=rng, device=device))
+    eps, noise = torch.randn(2, *keep.shape, config.channels, generator=rng, device=device)
+    if args.schedule == "lognormal":                                                 # noise level sigmoid(N(0, 1))
+        t = 1 - torch.randn(B, generator=rng, device=device).sigmoid()
+    else:
+        shift = 1.0 if args.schedule == "uniform" else args.shift
+        t = sample_time(B, shift, torch.rand(B, generator=rng, device=device))
+    return keep, eps, noise, t
+
+
+# ---------------------------------------------------------------- run helpers, shared with train_dit.py and sample.py
+
+def start():
+    """-> device, rank, world size. torchrun's environment decides; without it, one process."""
+    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_float32_matmul_precision("high")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return torch.device("cuda" if cuda else "cpu"), int(os.environ.get("RANK", 0)), world
+
+
+def key(*ids):
+    """A seed from integers: every random draw of a run comes from (seed, rank or index, step)."""
+    return int(np.random.SeedSequence(ids).generate_state(1, np.uint64)[0] >> 1)
+
+
+def batches(length, batch, micro, seed, first, last, rank=0, world=1):
+    """Indices (epoch, i) of this rank's micro-batches for steps first..last-1.
+
+    The epochs' permutations form one endless stream, cut into global batches: each image comes exactly once an epoch,
+    nothing is padded or dropped, and the global batch of a step is the same for any number of processes.
+    """
+    order = functools.lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(length))
+    for step in range(first, last):
+        for m in range(batch // (micro * world)):
+            at = step * batch + (m * world + rank) * micro
+            yield [(p // length, int(order(p // length)[p % length])) for p in range(at, at + micro)]
+
+
+def update_ema(ema, model, decay):
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def save(path, file):
+    """Atomic: a temporary name, flushed to the disk, then renamed; a kill at any moment leaves the old file or the new."""
+    with open(path + ".tmp", "wb") as f:
+        torch.save(file, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+MAY_DIFFER = {"epochs", "steps", "stop_at", "save_every", "eval_every", "sample_every", "workers", "micro_batch",
+              "no_compile", "max_bad_steps", "eval_num"}
+
+
+def resume(args, rank):
+    """The checkpoint in --out, if any; refuses a folder of another configuration; the log loses rows after it."""
+    path, log = os.path.join(args.out, "last.pt"), os.path.join(args.out, "log.csv")
+    file = read_weights(path) if os.path.exists(path) else None
+    if file:
+        changed = {k: (v, vars(args).get(k)) for k, v in file["args"].items() if vars(args).get(k) != v}
+        if wrong := [f"{k}: was {a}, now {b}" for k, (a, b) in changed.items() if k not in MAY_DIFFER]:
+            raise ValueError(f"{args.out} belongs to another configuration ({'; '.join(wrong)}): choose another --out")
+        if rank == 0 and changed.keys() & {"epochs", "steps"}:
+            print("notice: the length of training changed, and with it the learning rate schedule")
+    if rank == 0 and os.path.exists(log):
+        rows = list(csv.reader(open(log)))
+        with open(log, "w", newline="") as f:
+            csv.writer(f).writerows(r for i, r in enumerate(rows) if file and (i == 0 or int(r[0]) <= file["step"]))
+    return file
+
+
+def log_row(out, columns, row):
+    """Append the values of row {column: number} to out/log.csv; columns that it lacks stay empty."""
+    path = os.path.join(out, "log.csv")
+    new = not os.path.exists(path) or os.path.getsize(path) == 0
+    values = [row[c] if isinstance(row.get(c), int) else f"{row[c]:.6g}" if c in row else "" for c in columns]
+    with open(path, "a", newline="") as f:
+        csv.writer(f).writerows(([columns] if new else []) + [values])
+
+
+def save_grid(path, rows, columns):
+    """uint8 or [-1, 1] images (rows * columns, 3, H, W) -> one PNG; small images are enlarged."""
+    if rows.dtype != torch.uint8:
+        rows = (rows.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    zoom = max(1, 96 // rows.shape[-1])
+    rows = rows.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    rows = F.pad(rows, (1, 1, 1, 1), value=255).unflatten(0, (-1, columns))            # (R, columns, 3, H, W)
+    Image.fromarray(rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()).save(path)
+
+
+# ---------------------------------------------------------------- evaluation and pictures
+
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004) of images in [0, 1], 11 x 11 Gaussian window, sigma 1.5: (B,)."""
+    g = torch.exp(-(torch.arange(11, device=a.device) - 5.0) ** 2 / (2 * 1.5 ** 2))
+    window = (g[:, None] * g / g.sum() ** 2).expand(3, 1, 11, 11)
+    mu_a, mu_b, aa, bb, ab = (F.conv2d(x, window, groups=3) for x in (a, b, a * a, b * b, a * b))
+    va, vb, cov = aa - mu_a ** 2, bb - mu_b ** 2, ab - mu_a * mu_b
+    map = (2 * mu_a * mu_b + 1e-4) * (2 * cov + 9e-4) / ((mu_a ** 2 + mu_b ** 2 + 1e-4) * (va + vb + 9e-4))
+    return map.mean((1, 2, 3))
+
+
+@torch.no_grad()
+def evaluate(model, dataset, device, rank, world, batch=64):
+    """Reconstructions from posterior means, clamped floats: mean over images of PSNR (dB) and SSIM, over all ranks."""
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    part = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
+    for images, _ in tqdm(DataLoader(part, batch), desc="evaluate", disable=rank > 0, leave=False):
+        images = to_float(images.to(device))
+        fake = (model.decode(model.encode(images)[0]).float() * 0.5 + 0.5).clamp(0, 1)
+        real = images * 0.5 + 0.5
+        psnr = -10 * ((fake - real) ** 2).mean((1, 2, 3)).clamp(min=1e-10).log10()
+        sums += torch.stack([psnr.double().sum(), ssim(real, fake).double().sum(), torch.tensor(len(images)).to(sums)])
+    if world > 1:
+        dist.all_reduce(sums)
+    return {"psnr": (sums[0] / sums[2]).item(), "ssim": (sums[1] / sums[2]).item()}
+
+
+@torch.no_grad()
+def picture(path, model, images, teacher, noise):
+    """Rows: original, reconstruction, and the first 3 principal components (as RGB; one basis, fitted on the teacher's
+    features) of the teacher's features and of those predicted from z_t at t = 1, 0.5 and 0.25."""
+    z = model.encode(images)[0]
+    rows = [images, model.decode(z)]
+    if teacher is not None and model.config.semantic != "none":
+        def predicted(t):
+            out = model.predict(flow(z, noise, torch.full((len(z),), t, device=z.device)))
+            return F.normalize((out[0] if isinstance(out, list) else out).float(), dim=-1)
+        real = F.normalize(teacher(images).float(), dim=-1)
+        center = real.mean((0, 1))
+        basis = torch.linalg.svd((real - center).flatten(0, 1), full_matrices=False).Vh[:3].T      # (D, 3)
+        spread = ((real - center) @ basis).std((0, 1))
+        for features in (real, predicted(1.0), predicted(0.5), predicted(0.25)):
+            rgb = ((features - center) @ basis / (2.5 * spread)).transpose(1, 2)                   # (B, 3, N)
+            rgb = rgb.unflatten(2, (model.config.grid,) * 2)
+            rows.append(F.interpolate(rgb, size=images.shape[-1], mode="nearest"))
+    save_grid(path, torch.cat([row.float() for row in rows]), len(images))
+
+
+def fit_teacher(path, size, steps=400, batch=64, seed=0):
+    """--tiny's vision foundation model: a small DINOv3 fitted to the shape classes on the spot, saved with its head."""
+    torch.manual_seed(seed)
+    config = dict(version=3, width=96, depth=3, heads=3, patch=8, image_size=size, registers=1)
+    net, head, data = DINO(**config), nn.Linear(96, Shapes.num_classes), Shapes(size, steps * batch, seed=seed + 1)
+    teacher, hit = Teacher(net, 8, (0.5,) * 3, (0.5,) * 3), 0
+    params = list(net.requires_grad_(True).parameters()) + list(head.parameters())
+    optimizer = torch.optim.AdamW(params, weight_decay=0.05)
+    loader = DataLoader(data, batch)
+    for step, (images, labels) in enumerate(tqdm(loader, desc="fit the tiny teacher")):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at((step + 1) / steps, 1e-3, 0.1)
+        logits = head(net(to_float(images))[0])
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        hit = 0.9 * hit + 0.1 * (logits.argmax(1) == labels).float().mean().item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"tiny teacher: {100 * hit:.0f} % of the last shapes classified rightly -> {path}")
+    save(path, {"config": config, "model": net.state_dict(), "head": head.state_dict()})
+    return teacher
+
+
+# ---------------------------------------------------------------- flags
+
+TINY = dict(  # --tiny: other defaults, nothing else
+    data="shapes", image_size=32, patch_size=8, channels=16, encoder="nano", decoder="nano", semantic="nano",
+    teacher="tiny", w_perceptual=0.0, steps=1400, batch=64, lr=1e-3, warmup=0.1, ema=0.99, save_every=200, workers=0)
+FINETUNE = dict(  # --finetune_decoder: stage 1b
+    out="out/tokenizer_ft", distill="none", gamma=0.0, mask_min=0.0, mask_max=0.0, w_kl=0.0, w_semantic=0.0,
+    gan_start=0.0, epochs=100, warmup=0.05)
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument_group("run").add_argument
+    add("--tiny", action="store_true", help="drawn shapes, a small model and teacher: minutes on a laptop")
+    add("--data", default="data/imagenet/train", help="root/class/*.jpg or a flat folder; 'shapes' draws its own")
+    add("--val", help="held-out images (default: the folder `val` beside --data; else scores are on --data itself)")
+    add("--out", default="out/tokenizer", help="run folder; the same command again goes on from its last.pt")
+    add("--finetune_decoder", metavar="CKPT", help="stage 1b: train only the pixel decoder of this checkpoint")
+    add("--eval_only", metavar="CKPT", help="no training: PSNR and SSIM of this checkpoint on the held-out images")
+    add("--seed", type=int, default=0, help="of the weights, the data order and every draw")
+    add = p.add_argument_group("model").add_argument
+    add("--image_size", type=int, default=256, help="pixels, a multiple of the patch")
+    add("--patch_size", type=int, default=16, help="pixels a token")
+    add("--channels", type=int, default=128, help="C, of a latent token")
+    add("--encoder", default="base", choices=list(SIZES), help="size of the encoder")
+    add("--decoder", default="base", choices=list(SIZES), help="size of the pixel decoder")
+    add("--semantic", default="tiny", choices=[*SIZES, "mlp", "none"], help="the semantic decoder")
+    add("--teacher", default="dinov3_vitl16", help="VFM, or several with commas: dinov3_vitl16,dinov2_vitl14")
+    add("--weights", default="weights", help="folder of published files; free ones download into it")
+    add("--random_weights", action="store_true", help="random VFM and perceptual networks: timing and tests only")
+    add = p.add_argument_group("method").add_argument
+    add("--distill", default="flow", choices=["flow", "latent", "none"], help="what the semantic decoder reads")
+    add("--target", default="all", choices=["all", "hidden"], help="patches it predicts: rec+align, or reconstruction")
+    add("--semantic_loss", default="cosine", choices=["cosine", "l1", "l2"], help="distance to the VFM's features")
+    add("--decode", default="noisy", choices=["noisy", "clean"], help="what the pixel decoder reads: z_t or z")
+    add("--schedule", default="shift", choices=["shift", "uniform", "lognormal"], help="distribution of t")
+    add("--shift", default="auto", help="timestep shift s (auto: max(1, sqrt(N C / 4096)))")
+    add("--gamma", type=float, default=1.0, help="std of the noise; 0: no flow at all")
+    add("--mask_min", type=float, default=-0.1, help="hidden share ~ max(0, U(mask_min, mask_max)): often nothing")
+    add("--mask_max", type=float, default=0.4, help="0 with --mask_min 0 switches RAD off")
+    add("--w_pixel", type=float, default=1.0, help="weight of the MSE in [0, 1]")
+    add("--w_perceptual", type=float, default=1.0, help="of (LPIPS + 0.1 ConvNeXt) / 1.1")
+    # The authors' script says 0.5, but their loss builder does not pass it on: 0.1 is what their code runs with.
+    add("--w_gan", type=float, default=0.1, help="of -mean D(fake); 0: no discriminator")
+    add("--w_kl", type=float, default=1e-6, help="of the KL summed over tokens and channels")
+    add("--w_semantic", type=float, default=1.0, help="of the distillation")
+    add("--gan_start", type=float, default=0.5, help="fraction of training without GAN")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=float, default=200, help="length of training")
+    add("--steps", type=int, help="the same in steps, instead of --epochs")
+    add("--stop_at", type=int, help="leave after this step; the same command without it goes on")
+    add("--batch", type=int, default=1024, help="global batch, whatever the number of processes")
+    add("--micro_batch", type=int, help="images a process and pass; accumulation does the rest (default: 64 or less)")
+    add("--lr", type=float, help="peak (default: 1e-4 * batch / 256; stage 1b 5e-5 * batch / 256)")
+    add("--warmup", type=float, default=0.25, help="fraction of training; cosine to 0 after it")
+    add("--ema", type=float, default=0.999, help="decay of the averaged weights")
+    add("--max_bad_steps", type=int, default=3, help="non-finite steps in a row that are skipped before giving up")
+    add = p.add_argument_group("machine").add_argument
+    add("--save_every", type=int, default=5000, help="steps between last.pt and pictures; 10 x as many to a milestone")
+    add("--eval_every", type=int, default=12500, help="steps between evaluations (about 10 epochs of ImageNet)")
+    add("--workers", type=int, help="loader processes of each process (default: its share of the cores)")
+    add("--no_compile", action="store_true", help="no torch.compile (on by default on CUDA)")
+    first, _ = p.parse_known_args(argv)
+    p.set_defaults(**TINY if first.tiny else {}, **{})
+    if first.finetune_decoder:
+        p.set_defaults(**FINETUNE, **dict(steps=300) if first.tiny else {})
+    return resolve(p.parse_args(argv))
+
+
+def resolve(args):
+    """The flags with their automatic values filled in; the user's errors that need no file."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if "none" in (args.distill, args.semantic):
+        args.distill = args.semantic = "none"
+    config = TokenizerConfig(args.image_size, args.patch_size, args.channels, args.encoder, args.decoder, args.semantic)
+    args.shift = latent_shift(config.grid ** 2, args.channels) if args.shift == "auto" else float(args.shift)
+    if args.lr is None:
+        args.lr = (5e-5 if args.finetune_decoder else 1e-4) * args.batch / 256
+    if args.batch % world:
+        raise ValueError(f"--batch {args.batch} is not divisible among {world} processes")
+    share = args.batch // world
+    if args.micro_batch is None:
+        args.micro_batch = max(m for m in range(1, min(64, share) + 1) if share % m == 0)
+    if share % args.micro_batch:
+        raise ValueError(f"--micro_batch {args.micro_batch} does not divide the {share} images of each process a step")
+    if args.workers is None:
+        args.workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if not 0 <= args.mask_max < 1 or args.mask_min > args.mask_max:
+        raise ValueError(f"--mask_min {args.mask_min} --mask_max {args.mask_max}: need min <= max, and 0 <= max < 1")
+    return args
+
+
+def open_data(args):
+    """-> training set (with flips), held-out set, and what to call the latter."""
+    if args.data == "shapes":
+        return Shapes(args.image_size, 1_000_000, seed=args.seed + 2), Shapes(args.image_size, 512, 1), "held-out shapes"
+    train = ImageFolder(args.data, args.image_size, flip=True, seed=args.seed)
+    val = args.val or os.path.join(os.path.dirname(os.path.abspath(args.data)), "val")
+    if args.val or os.path.isdir(val):
+        return train, ImageFolder(val, args.image_size), f"images of {val}"
+    return train, ImageFolder(args.data, args.image_size), "TRAINING images (no val folder)"
+
+
+def open_teachers(args, rank, world, device):
+    """The frozen VFMs, in float32 weights; bf16 arithmetic comes from autocast."""
+    names = args.teacher.split(",")
+    if args.teacher == "tiny":
+        names = [os.path.join(args.out, "teacher.pt")]
+        if rank == 0 and not os.path.exists(names[0]):
+            fit_teacher(names[0], args.image_size)
+        if world > 1:
+            dist.barrier()
+    teachers = [load_teacher(name, "random" if args.random_weights else args.weights).to(device) for name in names]
+    for name, teacher in zip(names, teachers):
+        if teacher.stride != args.patch_size:
+            raise ValueError(f"teacher {name} has a token every {teacher.stride} pixels, the tokenizer every "
+                             f"{args.patch_size}: their grids do not match")
+    return teachers
+
+
+def optimizer_for(model, lr):
+    """AdamW, weight decay 1e-4 but none on 1-D tensors and on names with these parts (as published)."""
+    free = ("ln", "bias", "embedding", "norm", "gamma", "embed", "token")
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    plain = [p for n, p in named if p.ndim == 1 or any(part in n for part in free)]
+    decay = [p for n, p in named if not (p.ndim == 1 or any(part in n for part in free))]
+    return torch.optim.AdamW([{"params": plain, "weight_decay": 0.0}, {"params": decay, "weight_decay": 1e-4}],
+                             lr=lr, betas=(0.9, 0.95), fused=torch.cuda.is_available())
+
+
+# ---------------------------------------------------------------- main
+
+COLUMNS = ["step", "epoch", "lr", "loss", "pixel", "perceptual", "gan", "kl", "semantic", "d_loss", "logits_real",
+           "logits_fake", "grad_norm", "d_grad_norm", "images_per_s", "unreadable", "psnr", "ssim"]
+
+
+def main(argv=None):
+    args = parse(argv)
+    device, rank, world = start()
+    torch.manual_seed(args.seed)
+
+    # data
+    data, held_out, held_out_name = open_data(args)
+    if args.eval_only:
+        model = load_tokenizer(args.eval_only).to(device)
+        scores = evaluate(model, held_out, device, rank, world)
+        if rank == 0:
+            print(f"{args.eval_only} (EMA, posterior means) on {len(held_out)} {held_out_name}: "
+                  f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f}")
+        return
+    steps = args.steps or int(np.ceil(args.epochs * len(data) / args.batch))
+    last = min(steps, args.stop_at or steps)
+    os.makedirs(args.out, exist_ok=True)
+    file = resume(args, rank)
+    if file and file["step"] >= last:
+        return rank == 0 and print(f"{args.out} is at step {file['step']} of {steps}: nothing to do")
+
+    # networks: frozen teachers and perceptual loss; RecTok, its EMA, the discriminator
+    if args.random_weights and rank == 0:
+        print("WARNING: --random_weights: the teacher and the perceptual loss mean NOTHING; for timing and tests only")
+    teachers = open_teachers(args, rank, world, device) if args.semantic != "none" else []
+    perceptual_loss = PerceptualLoss("random" if args.random_weights else args.weights).to(device) \
+        if args.w_perceptual else None
+    if args.finetune_decoder:                        # raw weights go on from the raw ones, the EMA from the EMA
+        shape = TokenizerConfig(**asdict(load_tokenizer(args.finetune_decoder).config) | dict(semantic="none"))
+        model, ema = (load_tokenizer(args.finetune_decoder, shape, ema=e).to(device).train() for e in (False, True))
+        model.encoder.requires_grad_(False)
+        beside = os.path.join(os.path.dirname(args.finetune_decoder), "teacher.pt")
+        if rank == 0 and os.path.exists(beside):     # a tiny run keeps its teacher: the scores of stage 2 need it
+            shutil.copy(beside, args.out)
+    else:
+        dims = tuple(teacher.width for teacher in teachers) or 1024
+        model = RecTok(TokenizerConfig(args.image_size, args.patch_size, args.channels, args.encoder, args.decoder,
+                                       args.semantic, dims)).to(device)
+        ema = deepcopy(model)
+    ema.requires_grad_(False)
+    config, discriminator = model.config, PatchGAN().to(device)
+    optimizer, d_optimizer = optimizer_for(model, args.lr), optimizer_for(discriminator, args.lr)
+    first, bad = 0, 0
+    if file:
+        first = file["step"]
+        for part, name in ((model, "model"), (ema, "model_ema"), (discriminator, "discriminator")):
+            load_named(part, file[name], args.out)
+        optimizer.load_state_dict(file["optimizer"])
+        d_optimizer.load_state_dict(file["d_optimizer"])
+    if rank == 0:
+        print(f"torch {torch.__version__}, {world} x {device.type}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
+              f" M parameters, {len(data)} images, steps {first} to {last} of {steps}, shift {args.shift:.3f}")
+        with open(os.path.join(args.out, "config.json"), "w") as f:
+            json.dump({"args": vars(args), "model": asdict(config), "torch": torch.__version__, "world": world}, f, indent=1)
+    step_pass, d_net = RecTokPass(model, args), discriminator
+    if device.type == "cuda" and not args.no_compile:
+        step_pass.compile()                          # the number of visible tokens becomes a dynamic dimension
+    if world > 1:
+        step_pass, d_net = DDP(step_pass), DDP(discriminator)
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    accumulate = args.batch // (args.micro_batch * world)
+    loader = iter(DataLoader(
+        data, batch_sampler=batches(len(data), args.batch, args.micro_batch, args.seed, first, last, rank, world),
+        num_workers=args.workers, pin_memory=device.type == "cuda"))
+    show = to_float(torch.stack([held_out[i][0] for i in range(min(8, len(held_out)))])).to(device)
+    show_noise = torch.randn(len(show), config.grid ** 2, config.channels,
+                             generator=torch.Generator().manual_seed(args.seed)).to(device)
+    stop = []                                        # SIGTERM or Ctrl-C: finish the step, save, leave; twice: at once
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, lambda s, _: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
+    bar, began = tqdm(total=last, initial=first, disable=rank > 0, desc="stage 1"), time.time()
+
+    for step in range(first, last):
+        lr = lr_at(step / steps, args.lr, args.warmup)
+        gan_on = args.w_gan > 0 and step >= args.gan_start * steps
+        zero = torch.zeros((), device=device)
+        logs = torch.zeros(9, device=device)
+        for m in range(accumulate):
+            images = to_float(next(loader)[0].to(device, non_blocking=True))
+            if world > 1:
+                step_pass.require_backward_grad_sync = d_net.require_backward_grad_sync = m == accumulate - 1
+            with autocast():
+                targets = [teacher(images) for teacher in teachers]
+                keep, eps, noise, t = draw(args, config, len(images), key(args.seed, step, rank, m), device)
+                mean, logvar, predicted, reconstruction = step_pass(images, keep, eps, noise, t)
+            hidden = torch.ones(len(images), config.grid ** 2, device=device).scatter(1, keep, 0.0)
+            hidden = hidden if args.target == "hidden" else None                    # 1 = hidden from the encoder
+            real, fake = images * 0.5 + 0.5, reconstruction.float() * 0.5 + 0.5
+
+            pixel = F.mse_loss(fake, real)
+            with autocast():
+                perceptual = perceptual_loss(real, fake) if perceptual_loss else zero
+                discriminator.requires_grad_(False)
+                gan = -discriminator(fake).float().mean() if gan_on else zero
+            kl = kl_loss(mean, logvar).mean()
+            semantic = sum((semantic_loss(p, y, args.semantic_loss, hidden) for p, y in zip(predicted, targets)),
+                           zero) / max(1, len(targets))
+            loss = (args.w_pixel * pixel + args.w_perceptual * perceptual + args.w_gan * gan + args.w_kl * kl
+                    + args.w_semantic * semantic)
+            (loss / accumulate).backward()
+
+            d_loss = logits_real = logits_fake = zero
+            if gan_on:
+                discriminator.requires_grad_(True)
+                with autocast():
+                    logits_real, logits_fake = d_net(real), d_net(fake.detach())   # batch statistics of their own
+                d_loss = hinge_loss(logits_real, logits_fake)
+                (d_loss / accumulate).backward()
+            logs += torch.stack([loss, pixel, perceptual, gan, kl, semantic, d_loss, logits_real.float().mean(),
+                                 logits_fake.float().mean()]).detach() / accumulate
+
+        # One fence a step: the norms and the wish to stop, alike on all ranks (gradients are already averaged).
+        norms = [torch.nn.utils.clip_grad_norm_(net.parameters(), 3.0) if on else zero
+                 for net, on in ((model, True), (discriminator, gan_on))]
+        fence = torch.stack([*norms, torch.tensor(float(bool(stop)), device=device)])
+        if world > 1:
+            dist.all_reduce(fence, dist.ReduceOp.MAX)
+        grad_norm, d_grad_norm, leave = fence.tolist()
+        if np.isfinite(grad_norm + d_grad_norm):
+            bad = 0
+            for o in (optimizer, d_optimizer)[:1 + gan_on]:
+                for group in o.param_groups:
+                    group["lr"] = lr
+                o.step()
+            update_ema(ema, model, args.ema)
+        else:                                        # no weight is touched; every rank sees the same norms
+            bad += 1
+            terms = dict(zip(COLUMNS[3:12], logs.tolist()))
+            if rank == 0:
+                tqdm.write(f"step {step}: non-finite gradient, skipped; {terms}")
+            if bad > args.max_bad_steps:
+                raise FloatingPointError(f"{bad} non-finite steps in a row, at step {step}: {terms}; the last good "
+                                         f"checkpoint is {os.path.join(args.out, 'last.pt')}")
+        optimizer.zero_grad()
+        d_optimizer.zero_grad()
+
+        # below the fence: log, evaluate, save
+        done = step + 1
+        bar.update()
+        scores = {}
+        if done % args.eval_every == 0 or done == steps:
+            scores = evaluate(ema, held_out, device, rank, world)
+            if rank == 0:
+                tqdm.write(f"step {done}: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} "
+                           f"(EMA, posterior means, {len(held_out)} {held_out_name})")
+        if done % 10 == 0 or scores:
+            if world > 1:
+                dist.all_reduce(logs)
+            if rank == 0:
+                speed = (done - first) * args.batch / (time.time() - began)
+                values = [done, done * args.batch / len(data), lr, *(logs / world).tolist(), grad_norm, d_grad_norm,
+                          speed, int(getattr(data, "bad", 0))]
+                log_row(args.out, COLUMNS, dict(zip(COLUMNS, values)) | scores)
+                bar.set_postfix(loss=f"{values[3]:.3f}", semantic=f"{values[8]:.3f}", mse=f"{values[4]:.4f}")
+        if rank == 0 and (done % args.save_every == 0 or done == last or leave):
+            weights = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config),
+                       "args": vars(args), "step": done}
+            save(os.path.join(args.out, "last.pt"), weights | {
+                "discriminator": discriminator.state_dict(), "optimizer": optimizer.state_dict(),
+                "d_optimizer": d_optimizer.state_dict()})
+            if done % (10 * args.save_every) == 0 or done == steps:
+                save(os.path.join(args.out, f"step_{done}.pt"), weights)
+            picture(os.path.join(args.out, f"step_{done}.png"), ema, show, teachers[0] if teachers else None, show_noise)
+        if leave:
+            print(f"rank {rank}: stopped by a signal after step {done}; the same command goes on from there")
+            break
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
