@@ -143,14 +143,15 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class PatchGAN(nn.Module):
-    """Patch discriminator (Isola et al. 2017): images in [0, 1] -> logits (B, 1, h, w)."""
+    """Patch discriminator (Isola et al. 2017): images in [0, 1] -> logits (B, 1, h, w). width: base channels."""
 
-    def __init__(self):
+    def __init__(self, width=64):
         super().__init__()
-        layers = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for width, out, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
-            layers += [nn.Conv2d(width, out, 4, stride, 1, bias=False), BatchNorm(out), nn.LeakyReLU(0.2)]
-        self.main = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, 1, 1))
+        layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for stride in (2, 2, 1):
+            layers += [nn.Conv2d(width, 2 * width, 4, stride, 1, bias=False), BatchNorm(2 * width), nn.LeakyReLU(0.2)]
+            width *= 2
+        self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
 
     def forward(self, images):
         return self.main(images)
@@ -285,6 +286,11 @@ def resume(args, rank):
     return file
 
 
+def progress(rank, *args, **kw):
+    """A progress bar on rank 0; a line now and then where the output is a file."""
+    return tqdm(*args, disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 20, **kw)
+
+
 def log_row(out, columns, row):
     """Append the values of row {column: number} to out/log.csv; columns that it lacks stay empty."""
     path = os.path.join(out, "log.csv")
@@ -321,7 +327,7 @@ def evaluate(model, dataset, device, rank, world, batch=64):
     """Reconstructions from posterior means, clamped floats: mean over images of PSNR (dB) and SSIM, over all ranks."""
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     part = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
-    for images, _ in tqdm(DataLoader(part, batch), desc="evaluate", disable=rank > 0, leave=False):
+    for images, _ in progress(rank, DataLoader(part, batch), desc="evaluate", leave=False):
         images = to_float(images.to(device))
         fake = (model.decode(model.encode(images)[0]).float() * 0.5 + 0.5).clamp(0, 1)
         real = images * 0.5 + 0.5
@@ -362,7 +368,7 @@ def fit_teacher(path, size, steps=400, batch=64, seed=0):
     params = list(net.requires_grad_(True).parameters()) + list(head.parameters())
     optimizer = torch.optim.AdamW(params, weight_decay=0.05)
     loader = DataLoader(data, batch)
-    for step, (images, labels) in enumerate(tqdm(loader, desc="fit the tiny teacher")):
+    for step, (images, labels) in enumerate(progress(0, loader, desc="fit the tiny teacher")):
         for group in optimizer.param_groups:
             group["lr"] = lr_at((step + 1) / steps, 1e-3, 0.1)
         logits = head(net(to_float(images))[0])
@@ -380,7 +386,7 @@ def fit_teacher(path, size, steps=400, batch=64, seed=0):
 
 TINY = dict(  # --tiny: other defaults, nothing else
     data="shapes", image_size=32, patch_size=8, channels=16, encoder="nano", decoder="nano", semantic="nano",
-    teacher="tiny", w_perceptual=0.0, steps=1400, batch=64, lr=1e-3, warmup=0.1, ema=0.99, save_every=200, workers=0)
+    gan_width=16, teacher="tiny", w_perceptual=0.0, steps=1000, batch=64, lr=1e-3, warmup=0.1, ema=0.99, save_every=200, workers=0)
 FINETUNE = dict(  # --finetune_decoder: stage 1b
     out="out/tokenizer_ft", distill="none", gamma=0.0, mask_min=0.0, mask_max=0.0, w_kl=0.0, w_semantic=0.0,
     gan_start=0.0, epochs=100, warmup=0.05)
@@ -403,6 +409,7 @@ def parse(argv=None):
     add("--encoder", default="base", choices=list(SIZES), help="size of the encoder")
     add("--decoder", default="base", choices=list(SIZES), help="size of the pixel decoder")
     add("--semantic", default="tiny", choices=[*SIZES, "mlp", "none"], help="the semantic decoder")
+    add("--gan_width", type=int, default=64, help="base channels of the discriminator")
     add("--teacher", default="dinov3_vitl16", help="VFM, or several with commas: dinov3_vitl16,dinov2_vitl14")
     add("--weights", default="weights", help="folder of published files; free ones download into it")
     add("--random_weights", action="store_true", help="random VFM and perceptual networks: timing and tests only")
@@ -439,9 +446,9 @@ def parse(argv=None):
     add("--workers", type=int, help="loader processes of each process (default: its share of the cores)")
     add("--no_compile", action="store_true", help="no torch.compile (on by default on CUDA)")
     first, _ = p.parse_known_args(argv)
-    p.set_defaults(**TINY if first.tiny else {}, **{})
+    p.set_defaults(**(TINY if first.tiny else {}))
     if first.finetune_decoder:
-        p.set_defaults(**FINETUNE, **dict(steps=300) if first.tiny else {})
+        p.set_defaults(**(FINETUNE | (dict(steps=300) if first.tiny else {})))
     return resolve(p.parse_args(argv))
 
 
@@ -552,7 +559,7 @@ def main(argv=None):
                                        args.semantic, dims)).to(device)
         ema = deepcopy(model)
     ema.requires_grad_(False)
-    config, discriminator = model.config, PatchGAN().to(device)
+    config, discriminator = model.config, PatchGAN(args.gan_width).to(device)
     optimizer, d_optimizer = optimizer_for(model, args.lr), optimizer_for(discriminator, args.lr)
     first, bad = 0, 0
     if file:
@@ -583,7 +590,7 @@ def main(argv=None):
     stop = []                                        # SIGTERM or Ctrl-C: finish the step, save, leave; twice: at once
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, lambda s, _: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
-    bar, began = tqdm(total=last, initial=first, disable=rank > 0, desc="stage 1"), time.time()
+    bar, began = progress(rank, total=last, initial=first, desc="stage 1"), time.time()
 
     for step in range(first, last):
         lr = lr_at(step / steps, args.lr, args.warmup)
@@ -666,7 +673,7 @@ def main(argv=None):
                 values = [done, done * args.batch / len(data), lr, *(logs / world).tolist(), grad_norm, d_grad_norm,
                           speed, int(getattr(data, "bad", 0))]
                 log_row(args.out, COLUMNS, dict(zip(COLUMNS, values)) | scores)
-                bar.set_postfix(loss=f"{values[3]:.3f}", semantic=f"{values[8]:.3f}", mse=f"{values[4]:.4f}")
+                bar.set_postfix(refresh=False, loss=f"{values[3]:.3f}", semantic=f"{values[8]:.3f}", mse=f"{values[4]:.4f}")
         if rank == 0 and (done % args.save_every == 0 or done == last or leave):
             weights = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config),
                        "args": vars(args), "step": done}
