@@ -9,14 +9,15 @@ RAE, arXiv 2510.11690). Letters: B images, N tokens, C latent channels, W width.
 """
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import Attention, SwiGLU, axial_rope, flow, load_named, read_weights, sample_time
+from tokenizer import Attention, SwiGLU, axial_rope, flow, load_named, read_weights, sample_time, to_float
 
 PRESETS = {  # body and head: width, depth, heads
     "nano": dict(width=(128, 256),   depth=(4, 2),  heads=(4, 4)),       # ours, for --tiny
@@ -148,6 +149,24 @@ class DiT(nn.Module):
         for block in self.blocks[self.config.depth[0]:]:
             x = run(block, x, s, self.rope_head)
         return self.final_layer(x, s)
+
+
+@torch.no_grad()
+def latent_statistics(tokenizer, batches):
+    """Mean and std (C,) over tokens and images of the posterior MEANS: float64 sums, reduced over all processes.
+
+    batches: of (uint8 images (B, 3, H, W), labels), without flips, each process its own share.
+    """
+    device = next(tokenizer.parameters()).device
+    sums = torch.zeros(3, tokenizer.config.channels, dtype=torch.float64, device=device)
+    for images, _ in batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            z = tokenizer.encode(to_float(images.to(device)))[0].double().flatten(0, 1)             # (B N, C)
+        sums += torch.stack([z.sum(0), (z ** 2).sum(0), torch.full_like(z[0], len(z))])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    mean = sums[0] / sums[2]
+    return mean.float(), (sums[1] / sums[2] - mean ** 2).clamp(min=1e-12).sqrt().float()
 
 
 # ---------------------------------------------------------------- flow matching, on the path of tokenizer.flow

@@ -8,6 +8,7 @@
 Letters: B images, N tokens (row-major over a square grid), K visible tokens, C latent channels, D teacher width.
 METHOD: RecTok, arXiv 2512.13421. Where paper and released code differ, the code made the weights and is followed.
 """
+import hashlib
 import json
 import math
 import os
@@ -119,14 +120,19 @@ class Shapes:
         u = (np.cos(angle) * x[None, :] + np.sin(angle) * y[:, None]) / radius
         v = (np.cos(angle) * y[:, None] - np.sin(angle) * x[None, :]) / radius
         cover = np.clip(0.5 - self.DISTANCE[self.classes[label]](u, v) * radius * self.size / 2, 0, 1)
-        shape = rng.uniform(0, 1, (3, 1, 1))
-        ground = (shape + rng.uniform(0.35, 0.65, (3, 1, 1))) % 1    # always far from the colour of the shape
+        shape = rng.uniform(0, 1, (3, 1, 1))                         # RGB; the ground differs in every channel
+        ground = shape + np.where(shape < 0.5, 1, -1) * rng.uniform(0.25, 0.5, (3, 1, 1))
         return torch.from_numpy(np.round(255 * (ground + cover * (shape - ground))).astype(np.uint8)), label
 
 
 def to_float(images):
     """uint8 (B, 3, H, W) -> float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Float images in [-1, 1] (overshoot is clamped) -> uint8, rounded, not truncated."""
+    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
 # ---------------------------------------------------------------- the rectified flow, shared by both stages
@@ -266,7 +272,8 @@ def read_weights(path):
                                            offset=t["data_offsets"][0]).view(t["shape"]) for name, t in header.items()}
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path!r} is not a plain file of tensors, or holds code, and is refused: {error}") from error
+        why = str(error).strip().splitlines()[-1 if len(str(error)) < 200 else 0]
+        raise ValueError(f"{path!r} holds more than tensors (code, perhaps) or none, and is refused: {why}") from error
     except Exception as error:
         raise ValueError(f"{path!r} is corrupt, truncated or no file of weights: {error}") from error
 
@@ -669,3 +676,11 @@ def load_tokenizer(path, config=None, ema=True):
         table = state[n].unflatten(1, (own.grid, own.grid)).permute(0, 3, 1, 2)
         state[n] = F.interpolate(table, size=(config.grid,) * 2, mode="bicubic").flatten(2).transpose(1, 2)
     return load_named(RecTok(config), state, path).eval()
+
+
+def fingerprint(tokenizer):
+    """What a DiT depends on: a hash of the encoder's weights (stage 1b keeps them, so both its files fit)."""
+    digest = hashlib.sha256()
+    for name, w in sorted(tokenizer.encoder.state_dict().items()):
+        digest.update(name.encode() + w.cpu().float().numpy().tobytes())
+    return digest.hexdigest()

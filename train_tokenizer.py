@@ -12,6 +12,7 @@ import contextlib
 import csv
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from tokenizer import (DINO, SIZES, ImageFolder, RecTok, Shapes, Teacher, TokenizerConfig, flow, latent_shift,
                        load_named, load_teacher, load_tokenizer, random_keep, read_weights, sample_time, to_float,
-                       weight_file)
+                       to_uint8, weight_file)
 
 
 # ---------------------------------------------------------------- losses (all reductions in float32)
@@ -182,7 +183,7 @@ def lr_at(progress, peak, warmup=0.25):
     """Learning rate at a fraction of training in [0, 1]: linear warm-up from 0, then cosine to 0."""
     if progress < warmup:
         return peak * progress / warmup
-    return 0.5 * peak * (1 + np.cos(np.pi * min(1, (progress - warmup) / (1 - warmup))))
+    return 0.5 * peak * (1 + math.cos(math.pi * min(1, (progress - warmup) / (1 - warmup))))
 
 
 # ---------------------------------------------------------------- one pass of training: the method
@@ -239,6 +240,11 @@ def key(*ids):
     return int(np.random.SeedSequence(ids).generate_state(1, np.uint64)[0] >> 1)
 
 
+def sample_noise(seed, indices, N, C):
+    """Starting noise (len(indices), N, C): sample i is a function of (seed, i), whatever the batch or the machine."""
+    return torch.stack([torch.randn(N, C, generator=torch.Generator().manual_seed(key(seed, i))) for i in indices])
+
+
 def batches(length, batch, micro, seed, first, last, rank=0, world=1):
     """Indices (epoch, i) of this rank's micro-batches for steps first..last-1.
 
@@ -250,6 +256,60 @@ def batches(length, batch, micro, seed, first, last, rank=0, world=1):
         for m in range(batch // (micro * world)):
             at = step * batch + (m * world + rank) * micro
             yield [(p // length, int(order(p // length)[p % length])) for p in range(at, at + micro)]
+
+
+def micro_batch(args):
+    """Images a process and pass: --micro_batch, or the largest divisor of the process's share up to 64."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    share, rest = divmod(args.batch, world)
+    if rest:
+        raise ValueError(f"--batch {args.batch} is not divisible among {world} processes")
+    micro = args.micro_batch or max(m for m in range(1, min(64, share) + 1) if share % m == 0)
+    if share % micro:
+        raise ValueError(f"--micro_batch {micro} does not divide the {share} images of each process a step")
+    return micro
+
+
+def workers(args):
+    """Loader processes: --workers, or this process's share of the machine's cores."""
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, share) if args.workers is None else args.workers
+
+
+def loader(data, args, first, last, rank, world, device):
+    """Iterator over this rank's micro-batches (uint8 images, labels) of steps first..last-1."""
+    order = batches(len(data), args.batch, args.micro_batch, args.seed, first, last, rank, world)
+    return iter(DataLoader(data, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda"))
+
+
+def catch_signals():
+    """A list that fills on SIGTERM or Ctrl-C: finish the step, save, leave; a second signal leaves at once."""
+    stop = []
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, lambda s, _: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
+    return stop
+
+
+def clip_and_agree(nets, stop, world, device):
+    """The one fence of a step: clip each (net, max norm) -> gradient norms, and whether any rank wants to leave."""
+    norms = [torch.nn.utils.clip_grad_norm_(net.parameters(), most) for net, most in nets]
+    fence = torch.stack([*norms, torch.tensor(float(bool(stop)), device=device)])
+    if world > 1:
+        dist.all_reduce(fence, dist.ReduceOp.MAX)     # the norms agree already: DDP averaged the gradients
+    *norms, leave = fence.tolist()
+    return norms, bool(leave)
+
+
+def guard(norms, bad, args, step, rank, terms):
+    """0 for a finite step; else the count of bad ones in a row (no weight may be touched), or FloatingPointError."""
+    if np.isfinite(norms).all():
+        return 0
+    if rank == 0:
+        tqdm.write(f"step {step}: non-finite gradient, skipped; {terms}")
+    if bad + 1 >= args.max_bad_steps:
+        raise FloatingPointError(f"{bad + 1} non-finite steps in a row, the last one {step}: {terms}; the last good "
+                                 f"checkpoint is {os.path.join(args.out, 'last.pt')}")
+    return bad + 1
 
 
 def update_ema(ema, model, decay):
@@ -303,7 +363,7 @@ def log_row(out, columns, row):
 def save_grid(path, rows, columns):
     """uint8 or [-1, 1] images (rows * columns, 3, H, W) -> one PNG; small images are enlarged."""
     if rows.dtype != torch.uint8:
-        rows = (rows.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+        rows = to_uint8(rows)
     zoom = max(1, 96 // rows.shape[-1])
     rows = rows.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     rows = F.pad(rows, (1, 1, 1, 1), value=255).unflatten(0, (-1, columns))            # (R, columns, 3, H, W)
@@ -386,7 +446,7 @@ def fit_teacher(path, size, steps=400, batch=64, seed=0):
 
 TINY = dict(  # --tiny: other defaults, nothing else
     data="shapes", image_size=32, patch_size=8, channels=16, encoder="nano", decoder="nano", semantic="nano",
-    gan_width=16, teacher="tiny", w_perceptual=0.0, steps=1000, batch=64, lr=1e-3, warmup=0.1, ema=0.99, save_every=200, workers=0)
+    gan_width=16, teacher="tiny", w_pixel=20.0, w_perceptual=0.0, w_gan=0.005, steps=1000, batch=64, lr=3e-3, warmup=0.1, ema=0.99, save_every=200, workers=0)
 FINETUNE = dict(  # --finetune_decoder: stage 1b
     out="out/tokenizer_ft", distill="none", gamma=0.0, mask_min=0.0, mask_max=0.0, w_kl=0.0, w_semantic=0.0,
     gan_start=0.0, epochs=100, warmup=0.05)
@@ -448,42 +508,33 @@ def parse(argv=None):
     first, _ = p.parse_known_args(argv)
     p.set_defaults(**(TINY if first.tiny else {}))
     if first.finetune_decoder:
-        p.set_defaults(**(FINETUNE | (dict(steps=300) if first.tiny else {})))
+        p.set_defaults(**(FINETUNE | (dict(steps=300, lr=1e-3) if first.tiny else {})))
     return resolve(p.parse_args(argv))
 
 
 def resolve(args):
     """The flags with their automatic values filled in; the user's errors that need no file."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
     if "none" in (args.distill, args.semantic):
         args.distill = args.semantic = "none"
     config = TokenizerConfig(args.image_size, args.patch_size, args.channels, args.encoder, args.decoder, args.semantic)
     args.shift = latent_shift(config.grid ** 2, args.channels) if args.shift == "auto" else float(args.shift)
     if args.lr is None:
         args.lr = (5e-5 if args.finetune_decoder else 1e-4) * args.batch / 256
-    if args.batch % world:
-        raise ValueError(f"--batch {args.batch} is not divisible among {world} processes")
-    share = args.batch // world
-    if args.micro_batch is None:
-        args.micro_batch = max(m for m in range(1, min(64, share) + 1) if share % m == 0)
-    if share % args.micro_batch:
-        raise ValueError(f"--micro_batch {args.micro_batch} does not divide the {share} images of each process a step")
-    if args.workers is None:
-        args.workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    args.micro_batch, args.workers = micro_batch(args), workers(args)
     if not 0 <= args.mask_max < 1 or args.mask_min > args.mask_max:
         raise ValueError(f"--mask_min {args.mask_min} --mask_max {args.mask_max}: need min <= max, and 0 <= max < 1")
     return args
 
 
-def open_data(args):
+def open_data(root, size, seed=0, val=None):
     """-> training set (with flips), held-out set, and what to call the latter."""
-    if args.data == "shapes":
-        return Shapes(args.image_size, 1_000_000, seed=args.seed + 2), Shapes(args.image_size, 512, 1), "held-out shapes"
-    train = ImageFolder(args.data, args.image_size, flip=True, seed=args.seed)
-    val = args.val or os.path.join(os.path.dirname(os.path.abspath(args.data)), "val")
-    if args.val or os.path.isdir(val):
-        return train, ImageFolder(val, args.image_size), f"images of {val}"
-    return train, ImageFolder(args.data, args.image_size), "TRAINING images (no val folder)"
+    if root == "shapes":
+        return Shapes(size, 1_000_000, seed + 2), Shapes(size, 512, 1), "held-out shapes"
+    train = ImageFolder(root, size, flip=True, seed=seed)
+    beside = os.path.join(os.path.dirname(os.path.abspath(root)), "val")
+    if val or os.path.isdir(beside):
+        return train, ImageFolder(val or beside, size), f"images of {val or beside}"
+    return train, ImageFolder(root, size), "TRAINING images (no val folder)"
 
 
 def open_teachers(args, rank, world, device):
@@ -525,7 +576,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
 
     # data
-    data, held_out, held_out_name = open_data(args)
+    data, held_out, held_out_name = open_data(args.data, args.image_size, args.seed, args.val)
     if args.eval_only:
         model = load_tokenizer(args.eval_only).to(device)
         scores = evaluate(model, held_out, device, rank, world)
@@ -533,7 +584,7 @@ def main(argv=None):
             print(f"{args.eval_only} (EMA, posterior means) on {len(held_out)} {held_out_name}: "
                   f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f}")
         return
-    steps = args.steps or int(np.ceil(args.epochs * len(data) / args.batch))
+    steps = args.steps or math.ceil(args.epochs * len(data) / args.batch)
     last = min(steps, args.stop_at or steps)
     os.makedirs(args.out, exist_ok=True)
     file = resume(args, rank)
@@ -581,15 +632,11 @@ def main(argv=None):
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     accumulate = args.batch // (args.micro_batch * world)
-    loader = iter(DataLoader(
-        data, batch_sampler=batches(len(data), args.batch, args.micro_batch, args.seed, first, last, rank, world),
-        num_workers=args.workers, pin_memory=device.type == "cuda"))
+    images_of = loader(data, args, first, last, rank, world, device)
     show = to_float(torch.stack([held_out[i][0] for i in range(min(8, len(held_out)))])).to(device)
     show_noise = torch.randn(len(show), config.grid ** 2, config.channels,
                              generator=torch.Generator().manual_seed(args.seed)).to(device)
-    stop = []                                        # SIGTERM or Ctrl-C: finish the step, save, leave; twice: at once
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, lambda s, _: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
+    stop = catch_signals()
     bar, began = progress(rank, total=last, initial=first, desc="stage 1"), time.time()
 
     for step in range(first, last):
@@ -598,7 +645,7 @@ def main(argv=None):
         zero = torch.zeros((), device=device)
         logs = torch.zeros(9, device=device)
         for m in range(accumulate):
-            images = to_float(next(loader)[0].to(device, non_blocking=True))
+            images = to_float(next(images_of)[0].to(device, non_blocking=True))
             if world > 1:
                 step_pass.require_backward_grad_sync = d_net.require_backward_grad_sync = m == accumulate - 1
             with autocast():
@@ -631,28 +678,15 @@ def main(argv=None):
             logs += torch.stack([loss, pixel, perceptual, gan, kl, semantic, d_loss, logits_real.float().mean(),
                                  logits_fake.float().mean()]).detach() / accumulate
 
-        # One fence a step: the norms and the wish to stop, alike on all ranks (gradients are already averaged).
-        norms = [torch.nn.utils.clip_grad_norm_(net.parameters(), 3.0) if on else zero
-                 for net, on in ((model, True), (discriminator, gan_on))]
-        fence = torch.stack([*norms, torch.tensor(float(bool(stop)), device=device)])
-        if world > 1:
-            dist.all_reduce(fence, dist.ReduceOp.MAX)
-        grad_norm, d_grad_norm, leave = fence.tolist()
-        if np.isfinite(grad_norm + d_grad_norm):
-            bad = 0
+        nets = [(model, 3.0), (discriminator, 3.0)][:1 + gan_on]
+        norms, leave = clip_and_agree(nets, stop, world, device)
+        bad = guard(norms, bad, args, step, rank, dict(zip(COLUMNS[3:12], logs)))
+        if not bad:
             for o in (optimizer, d_optimizer)[:1 + gan_on]:
                 for group in o.param_groups:
                     group["lr"] = lr
                 o.step()
             update_ema(ema, model, args.ema)
-        else:                                        # no weight is touched; every rank sees the same norms
-            bad += 1
-            terms = dict(zip(COLUMNS[3:12], logs.tolist()))
-            if rank == 0:
-                tqdm.write(f"step {step}: non-finite gradient, skipped; {terms}")
-            if bad > args.max_bad_steps:
-                raise FloatingPointError(f"{bad} non-finite steps in a row, at step {step}: {terms}; the last good "
-                                         f"checkpoint is {os.path.join(args.out, 'last.pt')}")
         optimizer.zero_grad()
         d_optimizer.zero_grad()
 
@@ -670,7 +704,7 @@ def main(argv=None):
                 dist.all_reduce(logs)
             if rank == 0:
                 speed = (done - first) * args.batch / (time.time() - began)
-                values = [done, done * args.batch / len(data), lr, *(logs / world).tolist(), grad_norm, d_grad_norm,
+                values = [done, done * args.batch / len(data), lr, *(logs / world).tolist(), *(norms + [0.0])[:2],
                           speed, int(getattr(data, "bad", 0))]
                 log_row(args.out, COLUMNS, dict(zip(COLUMNS, values)) | scores)
                 bar.set_postfix(refresh=False, loss=f"{values[3]:.3f}", semantic=f"{values[8]:.3f}", mse=f"{values[4]:.4f}")

@@ -1,0 +1,187 @@
+"""Images from a DiT and its tokenizer: a grid to look at, or many for the metrics.
+
+    python sample.py --dit out/dit/last.pt --classes 207 360 387 --cfg 1.29                    # writes grid.png
+    python sample.py --dit out/dit/last.pt --guide out/dit_s/last.pt --cfg 1.29                # AutoGuidance
+    torchrun --nproc_per_node=8 sample.py --dit out/dit/last.pt --num 50000 --save samples.npz # class-balanced, for FID
+
+Sample i is a function of (seed, i) alone: not of the batch, the number of processes, or where a run was taken up again.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import zipfile
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+
+from dit import latent_statistics, load_dit, sample
+from tokenizer import ImageFolder, fingerprint, latent_shift, load_tokenizer, to_uint8
+from train_tokenizer import progress, sample_noise, save_grid, start
+
+CHUNK = 100          # samples a file of an unfinished --save: what an interrupted run can lose at most
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--dit", default="out/dit/last.pt", help="checkpoint of stage 2, or the authors' ditdh*.pth")
+    add("--tokenizer", help="checkpoint of stage 1 or 1b (default: the one the DiT was trained with)")
+    add("--guide", help="a smaller, less trained DiT: AutoGuidance instead of the null class")
+    add("--classes", type=int, nargs="+", help="classes, one a column (default: 8 of them; all for --save)")
+    add("--num", type=int, help="number of samples; sample i has class classes[i %% len(classes)]")
+    add("--cfg", type=float, default=1.0, help="guidance w >= 1 in v = v_weak + w (v - v_weak); 1: none")
+    add("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="guide only for t in [LO, HI]")
+    add("--steps", type=int, default=49, help="grid intervals (the authors' 50 points are 49, their 150 are 149)")
+    add("--solver", default="euler", choices=["euler", "heun"], help="heun: second order, two evaluations a step")
+    add("--seed", type=int, default=0, help="of the starting noise")
+    add("--batch", type=int, default=64, help="samples at a time")
+    add("--out", default="grid.png", help="the picture")
+    add("--save", help="instead: FILE.npz (ADM layout: arr_0 uint8 NHWC, and labels) or a folder of PNG")
+    add("--trajectory", action="store_true", help="one row a sample, decoded at growing t")
+    add("--stats", help="npz with mean and std of the latents, for a DiT file without them; written from --data if absent")
+    add("--data", help="training images, to compute --stats from")
+    return p.parse_args(argv)
+
+
+def load(args, device, rank, world):
+    """-> DiT, guide or None, tokenizer, (mean, std), shift; everything that can be wrong is found here."""
+    if args.steps < 1 or not 1 <= args.cfg < math.inf:
+        raise ValueError(f"need --steps >= 1 and a finite --cfg >= 1, got {args.steps} and {args.cfg}")
+    if not 0 <= args.interval[0] < args.interval[1] <= 1:
+        raise ValueError(f"--interval {args.interval}: need 0 <= LO < HI <= 1")
+    target = args.save or args.out
+    if not os.access(os.path.dirname(os.path.abspath(target)), os.W_OK):
+        raise ValueError(f"cannot write {target}: its folder does not exist or is read-only")
+    model = load_dit(args.dit).to(device)
+    c, extras = model.config, model.extras
+    if wrong := [k for k in args.classes or () if not 0 <= k < c.num_classes]:
+        raise ValueError(f"--classes {wrong}: {args.dit} knows classes 0 to {c.num_classes - 1}")
+    guide = load_dit(args.guide).to(device) if args.guide else None
+    if guide and (guide.config.grid, guide.config.channels) != (c.grid, c.channels):
+        raise ValueError(f"--guide {args.guide} has latents of another shape than {args.dit}")
+    path = args.tokenizer or extras.get("tokenizer")
+    if not path:
+        raise ValueError(f"{args.dit} names no tokenizer: give --tokenizer")
+    tokenizer = load_tokenizer(path).to(device)
+    if (tokenizer.config.grid, tokenizer.config.channels) != (c.grid, c.channels):
+        raise ValueError(f"tokenizer {path} has {tokenizer.config.grid ** 2} x {tokenizer.config.channels} latents, the "
+                         f"DiT {c.grid ** 2} x {c.channels}")
+    if extras and extras["fingerprint"] != fingerprint(tokenizer):
+        raise ValueError(f"tokenizer {path} is not the one that {args.dit} was trained with (other encoder weights)")
+    shift = latent_shift(c.grid ** 2, c.channels)
+    if extras and extras["args"]["shift"] != "auto":
+        shift = float(extras["args"]["shift"])
+    return model, guide, tokenizer, statistics(args, extras, tokenizer, device, rank, world), shift
+
+
+def statistics(args, extras, tokenizer, device, rank, world):
+    """Latent mean and std (C,): of our checkpoint, of --stats, or computed from --data into --stats."""
+    if extras:
+        return extras["latent_mean"].to(device), extras["latent_std"].to(device)
+    if args.stats and os.path.exists(args.stats):
+        with np.load(args.stats, allow_pickle=False) as file:
+            return tuple(torch.from_numpy(file[k]).float().flatten().to(device) for k in ("mean", "std"))
+    if not args.data:
+        raise ValueError(f"{args.dit} holds no latent statistics: give --stats FILE.npz (mean, std), or --data with the "
+                         "training images to compute them")
+    data = ImageFolder(args.data, tokenizer.config.image_size)
+    part = DataLoader(Subset(data, range(rank, len(data), world)), args.batch, num_workers=os.cpu_count() // world)
+    mean, std = latent_statistics(tokenizer, progress(rank, part, desc="latent statistics"))
+    if rank == 0 and args.stats:
+        np.savez(args.stats, mean=mean.cpu().numpy(), std=std.cpu().numpy())
+    return mean, std
+
+
+def save_all(args, recipe, num, labels, make, rank, world):
+    """Samples 0..num-1 in chunks; finished chunks of an interrupted run are kept. make(indices) -> uint8 (B, 3, H, W)."""
+    npz = args.save.endswith(".npz")
+    folder = args.save + ".parts" if npz else args.save
+    os.makedirs(folder, exist_ok=True)
+    note = os.path.join(folder, "recipe.json")
+    if os.path.exists(note) and json.load(open(note)) != recipe:
+        raise ValueError(f"{folder} holds samples of another recipe: {open(note).read()}; remove it or choose another --save")
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        json.dump(recipe, open(note, "w"))
+    chunks = [range(k, min(num, k + CHUNK)) for k in range(0, num, CHUNK)]
+    part = lambda i: os.path.join(folder, f"{i:06d}.npy" if npz else f"{i:06d}.png")
+    todo = [c for c in chunks if not (os.path.exists(part(c[0])) if npz else all(os.path.exists(part(i)) for i in c))]
+    for chunk in progress(rank, todo[rank::world], desc="sample"):
+        images = make(chunk).permute(0, 2, 3, 1).numpy()                                       # NHWC
+        for path, array in [(part(chunk[0]), images)] if npz else [(part(i), x) for i, x in zip(chunk, images)]:
+            with open(path + ".tmp", "wb") as f:
+                np.save(f, array) if npz else Image.fromarray(array).save(f, "PNG")
+            os.replace(path + ".tmp", path)
+    if world > 1:
+        dist.barrier()
+    if rank or not npz:
+        return
+    with zipfile.ZipFile(args.save + ".tmp", "w") as file:             # streamed: 50,000 images are 10 GB
+        with file.open("arr_0.npy", "w", force_zip64=True) as f:
+            shape = (num, *np.load(part(0)).shape[1:])
+            np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))
+            for chunk in chunks:
+                f.write(np.load(part(chunk[0])).tobytes())
+        with file.open("labels.npy", "w") as f:
+            np.save(f, np.array(labels))
+    os.replace(args.save + ".tmp", args.save)
+    shutil.rmtree(folder)
+
+
+def main(argv=None):
+    args = parse(argv)
+    device, rank, world = start()
+    model, guide, tokenizer, (mean, std), shift = load(args, device, rank, world)
+    c = model.config
+    classes = args.classes or [k * c.num_classes // min(8, c.num_classes) for k in range(min(8, c.num_classes))]
+    if args.save and not args.classes:
+        classes = list(range(c.num_classes))
+    num = args.num or (50000 if args.save else len(classes) if args.trajectory else 4 * len(classes))
+    labels = [classes[i % len(classes)] for i in range(num)]
+    recipe = dict(dit=os.path.abspath(args.dit), step=model.extras.get("step"), guide=args.guide, cfg=args.cfg,
+                  interval=list(args.interval), solver=args.solver, steps=args.steps, shift=round(shift, 4), seed=args.seed,
+                  ema=True, tokenizer=args.tokenizer or model.extras.get("tokenizer"), classes=len(classes), num=num)
+    if rank == 0:
+        print("recipe: " + ", ".join(f"{k} {v}" for k, v in recipe.items()))
+
+    def make(indices, trajectory=None):
+        images = []
+        for first in range(0, len(indices), args.batch):
+            part = list(indices[first:first + args.batch])
+            noise = sample_noise(args.seed, part, c.grid ** 2, c.channels).to(device)
+            y = torch.tensor([labels[i] for i in part], device=device)
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                z = sample(model, noise, y, args.steps, shift, args.cfg, args.interval, guide, args.solver, trajectory)
+                images.append(to_uint8(tokenizer.decode(z * std + mean)).cpu())
+        return torch.cat(images)
+
+    if args.save:
+        save_all(args, recipe, num, labels, make, rank, world)
+    elif rank == 0 and args.trajectory:
+        args.batch, path = num, []
+        make(range(num), path)
+        path = [path[i * (len(path) - 1) // 7] for i in range(8)] if len(path) > 8 else path
+        with torch.no_grad():
+            strip = torch.stack([to_uint8(tokenizer.decode(z * std + mean)) for _, z in path], 1)        # (num, T, 3, H, W)
+        save_grid(args.out, strip.flatten(0, 1), len(path))
+        print(f"columns: t = {', '.join(f'{t:.2f}' for t, _ in path)}")
+    elif rank == 0:
+        save_grid(args.out, make(range(num)), len(classes))
+    if rank == 0:
+        print(f"wrote {args.save or args.out}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

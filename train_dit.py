@@ -1,0 +1,246 @@
+"""Stage 2: train a DiT-DH by flow matching on the latents of a RecTok tokenizer.
+
+    python train_dit.py --tiny                                     # after train_tokenizer.py --tiny; minutes on a laptop
+    torchrun --nproc_per_node=8 train_dit.py --data data/imagenet/train --tokenizer out/tokenizer/last.pt
+    torchrun --nproc_per_node=8 train_dit.py ... --size S --stop_at 37530 --out out/dit_s      # a guide: S, 30 epochs
+
+Latents are encoded on the fly, as published: posterior samples of flipped images, normalised by the channel statistics
+of the posterior means. Running the same command again goes on from --out/last.pt. Published figures at 80 and 600
+epochs are snapshots of one 800-epoch schedule: leave --epochs and use --stop_at.
+"""
+import argparse
+import functools
+import json
+import math
+import os
+import sys
+import time
+from copy import deepcopy
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from dit import PRESETS, DiT, DiTConfig, flow_loss, latent_statistics, sample
+from tokenizer import (ImageFolder, Shapes, fingerprint, latent_shift, load_named, load_teacher, load_tokenizer, read_weights,
+                       to_float)
+from train_tokenizer import (catch_signals, clip_and_agree, guard, key, loader, log_row, micro_batch, open_data,
+                             progress, resume, sample_noise, save, save_grid, start, update_ema, workers)
+
+
+def lr_at(progress, peak, final=0.1, flat=0.05):
+    """Constant for the first 40 of 800 epochs, then linear to a tenth of it (2e-4 to 2e-5); progress in [0, 1]."""
+    return peak * (1 - (1 - final) * min(1, max(0, (progress - flat) / (1 - flat))))
+
+
+def draw(args, num_classes, z_shape, y, seed, device):
+    """The draws of one micro-batch, a function of `seed` alone: eps of the posterior, noise, u (B,), dropped labels."""
+    rng = torch.Generator(device).manual_seed(seed)
+    eps, noise = torch.randn(2, *z_shape, generator=rng, device=device)
+    u, coin = torch.rand(2, len(y), generator=rng, device=device)
+    return eps, noise, u, torch.where(coin < args.label_dropout, num_classes, y)
+
+
+@torch.no_grad()
+def generate(ema, tokenizer, stats, seed, indices, labels, device, **how):
+    """Images in [-1, 1] of the samples `indices` of classes `labels`; how: the arguments of dit.sample."""
+    noise = sample_noise(seed, indices, ema.config.grid ** 2, ema.config.channels).to(device)
+    z = sample(ema, noise, torch.as_tensor(labels, device=device), **how)
+    return tokenizer.decode(z * stats[1] + stats[0]).float().clamp(-1, 1)
+
+
+@torch.no_grad()
+def class_agreement(ema, tokenizer, stats, seed, path, device, num=512, **how):
+    """The share of `num` samples that the tiny teacher's class head takes for the class that was asked for."""
+    teacher, file = load_teacher(path).to(device), read_weights(path)
+    head = nn.Linear(teacher.width, len(file["head"]["bias"])).to(device)
+    head.load_state_dict(file["head"])
+    hits = 0
+    for first in range(0, num, 128):
+        labels = [i % ema.config.num_classes for i in range(first, min(num, first + 128))]
+        images = generate(ema, tokenizer, stats, seed, range(first, first + len(labels)), labels, device, **how)
+        hits += (head(teacher.features(images)[0]).argmax(1).cpu() == torch.tensor(labels)).sum().item()
+    return hits / num
+
+
+# ---------------------------------------------------------------- flags
+
+TINY = dict(data="shapes", size="nano", steps=1000, batch=64, lr=1e-3, ema=0.99, workers=0, save_every=200,
+            sample_every=500, cfg=2.0, sample_steps=20)
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument_group("run").add_argument
+    add("--tiny", action="store_true", help="on the tiny tokenizer of train_tokenizer.py --tiny: minutes on a laptop")
+    add("--data", default="data/imagenet/train", help="root/class/*.jpg; 'shapes' draws its own")
+    add("--tokenizer", default="out/tokenizer/last.pt", help="checkpoint of stage 1 or 1b, or the authors' RecTok.pth")
+    add("--out", default="out/dit", help="run folder; the same command again goes on from its last.pt")
+    add("--seed", type=int, default=0, help="of the weights, the data order, every draw and the samples")
+    add = p.add_argument_group("model").add_argument
+    add("--size", default="XL", choices=list(PRESETS), help="row of dit.PRESETS")
+    add("--qk_norm", action="store_true", help="RMSNorm on q and k, against late instability")
+    add("--grad_checkpoint", action="store_true", help="recompute the blocks in backward: less memory, a third slower")
+    add("--shift", default="auto", help="timestep shift s (auto: max(1, sqrt(N C / 4096)))")
+    add("--label_dropout", type=float, default=0.1, help="share of labels replaced by the null class")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=float, default=800, help="length of the schedule")
+    add("--steps", type=int, help="the same in steps, instead of --epochs")
+    add("--stop_at", type=int, help="leave after this step; the same command without it goes on")
+    add("--batch", type=int, default=1024, help="global batch, whatever the number of processes")
+    add("--micro_batch", type=int, help="images a process and pass; accumulation does the rest (default: 64 or less)")
+    add("--lr", type=float, default=2e-4, help="constant for 5 %% of training, then linear to a tenth")
+    add("--ema", type=float, default=0.9995, help="decay of the averaged weights")
+    add("--max_bad_steps", type=int, default=3, help="non-finite steps in a row that are skipped before giving up")
+    add = p.add_argument_group("machine").add_argument
+    add("--save_every", type=int, default=5000, help="steps between last.pt; 10 x as many to a milestone")
+    add("--sample_every", type=int, default=5000, help="steps between grids of EMA samples, from the same noise")
+    add("--cfg", type=float, default=1.0, help="guidance of those samples")
+    add("--sample_steps", type=int, default=49, help="Euler steps of those samples")
+    add("--workers", type=int, help="loader processes of each process (default: its share of the cores)")
+    add("--no_compile", action="store_true", help="no torch.compile (on by default on CUDA)")
+    first, _ = p.parse_known_args(argv)
+    p.set_defaults(**(TINY if first.tiny else {}))
+    args = p.parse_args(argv)
+    args.micro_batch, args.workers = micro_batch(args), workers(args)
+    return args
+
+
+# ---------------------------------------------------------------- main
+
+COLUMNS = ["step", "epoch", "lr", "loss", "grad_norm", "images_per_s", "unreadable"]
+
+
+def main(argv=None):
+    args = parse(argv)
+    device, rank, world = start()
+    torch.manual_seed(args.seed)
+
+    # data, the frozen tokenizer, its latent statistics
+    tokenizer = load_tokenizer(args.tokenizer).to(device).requires_grad_(False)
+    config, mark = tokenizer.config, fingerprint(tokenizer)
+    shift = latent_shift(config.grid ** 2, config.channels) if args.shift == "auto" else float(args.shift)
+    how = dict(steps=args.sample_steps, shift=shift, cfg=args.cfg)
+    data = open_data(args.data, config.image_size, args.seed)[0]
+    plain = ImageFolder(args.data, config.image_size) if args.data != "shapes" else \
+        Shapes(config.image_size, 4096, args.seed + 2)
+    steps = args.steps or math.ceil(args.epochs * len(data) / args.batch)
+    last = min(steps, args.stop_at or steps)
+    os.makedirs(args.out, exist_ok=True)
+    file = resume(args, rank)
+    if file and file["fingerprint"] != mark:
+        raise ValueError(f"{args.out} was trained on the latents of another tokenizer than {args.tokenizer} (fingerprint "
+                         f"{file['fingerprint'][:8]}, now {mark[:8]})")
+    if file and file["step"] >= last:
+        return rank == 0 and print(f"{args.out} is at step {file['step']} of {steps}: nothing to do")
+    if file:
+        stats = file["latent_mean"].to(device), file["latent_std"].to(device)
+    else:                                            # without flips; each rank its share of the images
+        part = DataLoader(Subset(plain, range(rank, len(plain), world)), 64, num_workers=args.workers)
+        stats = latent_statistics(tokenizer, progress(rank, part, desc="latent statistics"))
+
+    # networks
+    num_classes = data.num_classes
+    model = DiT(DiTConfig(config.grid, config.channels, num_classes=num_classes, qk_norm=args.qk_norm,
+                          **PRESETS[args.size])).to(device)
+    model.grad_checkpoint = args.grad_checkpoint
+    ema = deepcopy(model).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=device.type == "cuda")
+    first, bad = 0, 0
+    if file:
+        first = file["step"]
+        load_named(model, file["model"], args.out)
+        load_named(ema, file["model_ema"], args.out)
+        optimizer.load_state_dict(file["optimizer"])
+    if rank == 0:
+        print(f"torch {torch.__version__}, {world} x {device.type}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
+              f" M parameters, {len(data)} images of {num_classes} classes, steps {first} to {last} of {steps}, shift "
+              f"{shift:.3f}")
+        with open(os.path.join(args.out, "config.json"), "w") as f:
+            json.dump({"args": vars(args), "model": asdict(model.config), "torch": torch.__version__, "world": world}, f,
+                      indent=1)
+    net = model
+    if device.type == "cuda" and not args.no_compile:
+        net.compile()
+    if world > 1:
+        net = DDP(net)
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    accumulate = args.batch // (args.micro_batch * world)
+    images_of = loader(data, args, first, last, rank, world, device)
+    columns = min(8, num_classes)                    # the picture: one class a column, the same noise every time
+    show = [i % columns * (num_classes // columns) for i in range(8 * columns)]
+    stop, bar, began = catch_signals(), progress(rank, total=last, initial=first, desc="stage 2"), time.time()
+
+    for step in range(first, last):
+        lr = lr_at(step / steps, args.lr)
+        logs = torch.zeros(1, device=device)
+        for m in range(accumulate):
+            images, y = (x.to(device, non_blocking=True) for x in next(images_of))
+            if world > 1:
+                net.require_backward_grad_sync = m == accumulate - 1
+            with autocast():
+                with torch.no_grad():
+                    mean, logvar = tokenizer.encode(to_float(images))
+                eps, noise, u, y = draw(args, num_classes, mean.shape, y, key(args.seed, step, rank, m), device)
+                z = mean.float() + (logvar.float() / 2).exp() * eps                # posterior sample
+                z = (z - stats[0]) / stats[1]
+                loss = flow_loss(net, z, y, shift, noise, u).mean()
+            (loss / accumulate).backward()
+            logs += loss.detach() / accumulate
+
+        norms, leave = clip_and_agree([(model, 1.0)], stop, world, device)
+        bad = guard(norms, bad, args, step, rank, {"loss": logs})
+        if not bad:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            update_ema(ema, model, args.ema)
+        optimizer.zero_grad()
+
+        # below the fence: log, sample, save
+        done = step + 1
+        bar.update()
+        if done % 10 == 0 or done == last:
+            if world > 1:
+                dist.all_reduce(logs)
+            if rank == 0:
+                speed = (done - first) * args.batch / (time.time() - began)
+                log_row(args.out, COLUMNS, dict(zip(COLUMNS, [
+                    done, done * args.batch / len(data), lr, logs.item() / world, norms[0], speed,
+                    int(getattr(data, "bad", 0))])))
+                bar.set_postfix(loss=f"{logs.item() / world:.4f}", refresh=False)
+        if rank == 0 and (done % args.sample_every == 0 or done == last):
+            with autocast():
+                images = generate(ema, tokenizer, stats, args.seed, range(len(show)), show, device, **how)
+            save_grid(os.path.join(args.out, f"step_{done}.png"), images, columns)
+        if rank == 0 and (done % args.save_every == 0 or done == last or leave):
+            weights = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(model.config),
+                       "args": vars(args), "step": done, "latent_mean": stats[0].cpu(), "latent_std": stats[1].cpu(),
+                       "tokenizer": os.path.abspath(args.tokenizer), "fingerprint": mark}
+            save(os.path.join(args.out, "last.pt"), weights | {"optimizer": optimizer.state_dict()})
+            if done % (10 * args.save_every) == 0 or done == steps:
+                save(os.path.join(args.out, f"step_{done}.pt"), weights)
+        if leave:
+            print(f"rank {rank}: stopped by a signal after step {done}; the same command goes on from there")
+            break
+    bar.close()
+    teacher = os.path.join(os.path.dirname(args.tokenizer), "teacher.pt")
+    if args.tiny and rank == 0 and done == steps and os.path.exists(teacher):
+        share = class_agreement(ema, tokenizer, stats, args.seed, teacher, device, **how)
+        print(f"class agreement: {100 * share:.1f} % of 512 samples (the tiny teacher's head; EMA, {args.sample_steps} Euler "
+              f"steps, CFG {args.cfg}, seed {args.seed})")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
