@@ -1,11 +1,11 @@
 """DiT-DH: the diffusion transformer trained on RecTok latents, its flow-matching loss, and the ODE sampler.
 
     from dit import load_dit, sample
-    dit = load_dit("ditdhxl_epoch_0079.pth")                  # ours or the authors' file -> eval mode, EMA weights
+    dit = load_dit("ditdhxl_epoch_0079.pth")  # ours or the authors' file -> eval mode, EMA weights
     z = sample(dit, noise, y, steps=49, shift=2.828)          # (B, N, C), in normalised latents
 
-A deep narrow body sees the image once and conditions a shallow wide head, token by token (DDT, arXiv 2504.05741;
-RAE, arXiv 2510.11690). Letters: B images, N tokens, C latent channels, W width. t = 0 is noise, t = 1 is data.
+A deep narrow body sees the image once and conditions a shallow wide head, per token (DDT, arXiv 2504.05741;
+RAE, arXiv 2510.11690). Letters: B images, N tokens, C latent channels, W width. t = 0: noise, t = 1: data.
 """
 import math
 import re
@@ -86,7 +86,7 @@ class TimeEmbedder(nn.Module):
 
 
 class Projection(nn.Module):
-    """A linear map of tokens, stored as the 1x1 convolution of the published names (proj.weight (W, C, 1, 1))."""
+    """A linear map of tokens, stored as a 1x1 convolution, as published (proj.weight (W, C, 1, 1))."""
 
     def __init__(self, channels, width):
         super().__init__()
@@ -97,9 +97,9 @@ class Projection(nn.Module):
 
 
 def sincos_positions(width, grid):
-    """MAE's fixed table (1, grid^2, W): the column fills the first half of the channels, the row the second."""
-    angle = torch.arange(grid)[:, None] / 10000 ** (torch.arange(width // 4) / (width // 4))    # (grid, W / 4)
-    axis = torch.cat([angle.sin(), angle.cos()], 1)                                             # (grid, W / 2)
+    """MAE's fixed table (1, grid^2, W): the column fills the first half of channels, the row the second."""
+    angle = torch.arange(grid)[:, None] / 10000 ** (torch.arange(width // 4) / (width // 4))  # (grid, W / 4)
+    axis = torch.cat([angle.sin(), angle.cos()], 1)  # (grid, W / 2)
     return torch.cat([axis.expand(grid, -1, -1), axis[:, None].expand(-1, grid, -1)], -1).flatten(0, 1)[None]
 
 
@@ -111,7 +111,7 @@ class DiT(nn.Module):
         self.s_embedder, self.x_embedder = Projection(C, body), Projection(C, head)
         self.t_embedder = TimeEmbedder(body)
         self.y_embedder = nn.Module()
-        self.y_embedder.embedding_table = nn.Embedding(config.num_classes + 1, body)            # the last: null
+        self.y_embedder.embedding_table = nn.Embedding(config.num_classes + 1, body)  # the last: null
         self.s_projector = nn.Linear(body, head)
         self.blocks = nn.ModuleList(DiTBlock(w, h, config.qk_norm) for w, d, h
                                     in zip(config.width, config.depth, config.heads) for _ in range(d))
@@ -131,7 +131,8 @@ class DiT(nn.Module):
         for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight,
                        self.t_embedder.mlp[2].weight):
             nn.init.normal_(weight, std=0.02)
-        for layer in [self.final_layer.linear, *(m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer))]:
+        for layer in [self.final_layer.linear,
+                      *(m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer))]:
             nn.init.zeros_(layer.weight)         # every block starts as the identity, the output as zero
             nn.init.zeros_(layer.bias)
 
@@ -153,7 +154,7 @@ class DiT(nn.Module):
 
 @torch.no_grad()
 def latent_statistics(tokenizer, batches):
-    """Mean and std (C,) over tokens and images of the posterior MEANS: float64 sums, reduced over all processes.
+    """Mean and std (C,) over tokens and images of the posterior MEANS: float64 sums, reduced over processes.
 
     batches: of (uint8 images (B, 3, H, W), labels), without flips, each process its own share.
     """
@@ -169,12 +170,12 @@ def latent_statistics(tokenizer, batches):
     return mean.float(), (sums[1] / sums[2] - mean ** 2).clamp(min=1e-12).sqrt().float()
 
 
-# ---------------------------------------------------------------- flow matching, on the path of tokenizer.flow
-# z_t = t z + (1 - t) noise, so dz_t / dt = z - noise: the network learns this velocity, the sampler follows it from
-# noise (t = 0) to data (t = 1). `shift` is the same in training, in sampling and in the tokenizer.
+# ---------------------------------------------------------------- flow matching on the path of tokenizer.flow
+# z_t = t z + (1 - t) noise, so dz_t / dt = z - noise: the network learns this velocity, the sampler follows
+# it from noise (t = 0) to data (t = 1). `shift` is the same in training, in sampling and in the tokenizer.
 
 def flow_loss(model, z, y, shift, noise=None, u=None):
-    """Squared velocity error averaged over tokens and channels: latents z (B, N, C), classes y (B,) -> (B,)."""
+    """Squared velocity error, mean over tokens and channels: latents z (B, N, C), classes y (B,) -> (B,)."""
     noise = torch.randn_like(z) if noise is None else noise
     t = sample_time(len(z), shift, torch.rand(len(z), device=z.device) if u is None else u)
     z_t = flow(z, noise, t)
@@ -183,15 +184,16 @@ def flow_loss(model, z, y, shift, noise=None, u=None):
 
 
 @torch.no_grad()
-def sample(model, noise, y, steps, shift, cfg=1.0, interval=(0, 1), guide=None, solver="euler", trajectory=None):
-    """Follow the velocity from noise (B, N, C) to latents of classes y, in `steps` intervals of the shifted grid.
+def sample(model, noise, y, steps, shift, cfg=1.0, interval=(0, 1), guide=None, solver="euler",
+           trajectory=None):
+    """Follow the velocity from noise (B, N, C) to latents of classes y, in `steps` steps of the shifted grid.
 
-    v = v_weak + cfg (v - v_weak) where t lies in the closed interval; v_weak is the model with the null class (CFG), or
-    `guide`, a smaller, less trained DiT with the same classes (AutoGuidance). solver: "euler", or "heun" (two
-    evaluations a step). trajectory: a list that receives (t, z_t) before each step and at the end.
+    v = v_weak + cfg (v - v_weak) where t lies in the closed interval; v_weak is the model with the null class
+    (CFG), or `guide`, a smaller, less trained DiT with the same classes (AutoGuidance). solver: "euler", or
+    "heun" (two evaluations a step). trajectory: a list that gets (t, z_t) before each step and at the end.
     """
     if steps < 1 or not 1 <= cfg < math.inf or solver not in ("euler", "heun"):
-        raise ValueError(f"need steps >= 1, a finite cfg >= 1, solver euler or heun; got {steps}, {cfg}, {solver!r}")
+        raise ValueError(f"need steps >= 1, finite cfg >= 1, euler or heun; got {steps}, {cfg}, {solver!r}")
 
     def velocity(z, t):
         at = t.expand(len(z))
@@ -217,12 +219,12 @@ def sample(model, noise, y, steps, shift, cfg=1.0, interval=(0, 1), guide=None, 
 def load_dit(path, config=None):
     """DiT in eval mode with EMA weights from our checkpoints or the authors' ditdh*.pth.
 
-    The config comes from our file, or is inferred for the presets' widths; other authors-style files need `config`.
-    `model.extras` keeps what else our file holds: latent statistics, the tokenizer's path and fingerprint, the step.
+    The config comes from our file, or is inferred for the presets' widths; other files need `config`.
+    `model.extras` keeps what else our file holds: latent statistics, tokenizer path and fingerprint, step.
     """
     file = read_weights(path)
     state = file.get("model_ema", file.get("model", file))
-    state = {n: w for n, w in state.items() if not re.search(r"freqs_(cos|sin)$|^pos_embed$", n)}    # computed here
+    state = {n: w for n, w in state.items() if not re.search(r"freqs_(cos|sin)$|^pos_embed$", n)}  # computed
     if "s_embedder.proj.weight" not in state:
         raise ValueError(f"{path} holds no DiT-DH (no s_embedder.proj.weight)")
     if config is None and isinstance(file.get("config"), dict):
@@ -234,9 +236,10 @@ def load_dit(path, config=None):
             raise ValueError(f"{path}: widths {width} are no preset, pass config=DiTConfig(...)")
         norms = [len(w) for n, w in state.items() if re.fullmatch(r"blocks\.\d+\.norm1\.weight", n)]
         table = file.get("model_ema", file.get("model", file)).get("pos_embed")
-        config = DiTConfig(math.isqrt(table.shape[1]) if table is not None else 16,
-                           state["s_embedder.proj.weight"].shape[1], width, tuple(norms.count(w) for w in width), heads,
-                           len(state["y_embedder.embedding_table.weight"]) - 1, "blocks.0.attn.q_norm.weight" in state)
+        config = DiTConfig(
+            math.isqrt(table.shape[1]) if table is not None else 16, state["s_embedder.proj.weight"].shape[1],
+            width, tuple(norms.count(w) for w in width), heads,
+            len(state["y_embedder.embedding_table.weight"]) - 1, "blocks.0.attn.q_norm.weight" in state)
     model = load_named(DiT(config), state, path).eval()
     big = ("model", "model_ema", "optimizer")
     model.extras = {k: v for k, v in file.items() if k not in big} if "config" in file else {}

@@ -1,10 +1,10 @@
 """Images from a DiT and its tokenizer: a grid to look at, or many for the metrics.
 
-    python sample.py --dit out/dit/last.pt --classes 207 360 387 --cfg 1.29                    # writes grid.png
+    python sample.py --dit out/dit/last.pt --classes 207 360 387 --cfg 1.29  # writes grid.png
     python sample.py --dit out/dit/last.pt --guide out/dit_s/last.pt --cfg 1.29                # AutoGuidance
-    torchrun --nproc_per_node=8 sample.py --dit out/dit/last.pt --num 50000 --save samples.npz # class-balanced, for FID
+    torchrun --nproc_per_node=8 sample.py --num 50000 --save samples.npz  # class-balanced, for FID
 
-Sample i is a function of (seed, i) alone: not of the batch, the number of processes, or where a run was taken up again.
+Sample i depends on (seed, i) alone: not on the batch, the number of processes, or where a run was resumed.
 """
 import argparse
 import json
@@ -36,15 +36,15 @@ def parse(argv=None):
     add("--classes", type=int, nargs="+", help="classes, one a column (default: 8 of them; all for --save)")
     add("--num", type=int, help="number of samples; sample i has class classes[i %% len(classes)]")
     add("--cfg", type=float, default=1.0, help="guidance w >= 1 in v = v_weak + w (v - v_weak); 1: none")
-    add("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="guide only for t in [LO, HI]")
-    add("--steps", type=int, default=49, help="grid intervals (the authors' 50 points are 49, their 150 are 149)")
-    add("--solver", default="euler", choices=["euler", "heun"], help="heun: second order, two evaluations a step")
+    add("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="guided range of t")
+    add("--steps", type=int, default=49, help="grid intervals (the authors' 50 points are 49, 150 are 149)")
+    add("--solver", default="euler", choices=["euler", "heun"], help="heun: order 2, two evaluations a step")
     add("--seed", type=int, default=0, help="of the starting noise")
     add("--batch", type=int, default=64, help="samples at a time")
     add("--out", default="grid.png", help="the picture")
     add("--save", help="instead: FILE.npz (ADM layout: arr_0 uint8 NHWC, and labels) or a folder of PNG")
     add("--trajectory", action="store_true", help="one row a sample, decoded at growing t")
-    add("--stats", help="npz with mean and std of the latents, for a DiT file without them; written from --data if absent")
+    add("--stats", help="npz: latent mean and std, if the DiT file has none; written from --data if absent")
     add("--data", help="training images, to compute --stats from")
     return p.parse_args(argv)
 
@@ -70,10 +70,10 @@ def load(args, device, rank, world):
         raise ValueError(f"{args.dit} names no tokenizer: give --tokenizer")
     tokenizer = load_tokenizer(path).to(device)
     if (tokenizer.config.grid, tokenizer.config.channels) != (c.grid, c.channels):
-        raise ValueError(f"tokenizer {path} has {tokenizer.config.grid ** 2} x {tokenizer.config.channels} latents, the "
-                         f"DiT {c.grid ** 2} x {c.channels}")
+        raise ValueError(f"tokenizer {path} has {tokenizer.config.grid ** 2} x {tokenizer.config.channels} "
+                         f"latents, the DiT {c.grid ** 2} x {c.channels}")
     if extras and extras["fingerprint"] != fingerprint(tokenizer):
-        raise ValueError(f"tokenizer {path} is not the one that {args.dit} was trained with (other encoder weights)")
+        raise ValueError(f"tokenizer {path} is not what {args.dit} was trained with (other encoder weights)")
     shift = latent_shift(c.grid ** 2, c.channels)
     if extras and extras["args"]["shift"] != "auto":
         shift = float(extras["args"]["shift"])
@@ -88,10 +88,11 @@ def statistics(args, extras, tokenizer, device, rank, world):
         with np.load(args.stats, allow_pickle=False) as file:
             return tuple(torch.from_numpy(file[k]).float().flatten().to(device) for k in ("mean", "std"))
     if not args.data:
-        raise ValueError(f"{args.dit} holds no latent statistics: give --stats FILE.npz (mean, std), or --data with the "
-                         "training images to compute them")
+        raise ValueError(f"{args.dit} holds no latent statistics: give --stats FILE.npz (mean, std), or "
+                         "--data with the training images to compute them")
     data = ImageFolder(args.data, tokenizer.config.image_size)
-    part = DataLoader(Subset(data, range(rank, len(data), world)), args.batch, num_workers=os.cpu_count() // world)
+    part = DataLoader(Subset(data, range(rank, len(data), world)), args.batch,
+                      num_workers=os.cpu_count() // world)
     mean, std = latent_statistics(tokenizer, progress(rank, part, desc="latent statistics"))
     if rank == 0 and args.stats:
         np.savez(args.stats, mean=mean.cpu().numpy(), std=std.cpu().numpy())
@@ -99,23 +100,24 @@ def statistics(args, extras, tokenizer, device, rank, world):
 
 
 def save_all(args, recipe, num, labels, make, rank, world):
-    """Samples 0..num-1 in chunks; finished chunks of an interrupted run are kept. make(indices) -> uint8 (B, 3, H, W)."""
+    """Samples 0..num-1 in chunks; a resumed run keeps finished ones. make(indices) -> uint8 (B, 3, H, W)."""
     npz = args.save.endswith(".npz")
     folder = args.save + ".parts" if npz else args.save
     os.makedirs(folder, exist_ok=True)
     note = os.path.join(folder, "recipe.json")
     if os.path.exists(note) and json.load(open(note)) != recipe:
-        raise ValueError(f"{folder} holds samples of another recipe: {open(note).read()}; remove it or choose another --save")
+        raise ValueError(f"{folder} holds samples of another recipe: {open(note).read()}; remove it "
+                         "or choose another --save")
     if world > 1:
         dist.barrier()
     if rank == 0:
         json.dump(recipe, open(note, "w"))
     chunks = [range(k, min(num, k + CHUNK)) for k in range(0, num, CHUNK)]
     part = lambda i: os.path.join(folder, f"{i:06d}.npy" if npz else f"{i:06d}.png")
-    todo = [c for c in chunks if not (os.path.exists(part(c[0])) if npz else all(os.path.exists(part(i)) for i in c))]
+    todo = [c for c in chunks if not all(os.path.exists(part(i)) for i in (c[:1] if npz else c))]
     for chunk in progress(rank, todo[rank::world], desc="sample"):
         images = make(chunk).permute(0, 2, 3, 1).numpy()                                       # NHWC
-        for path, array in [(part(chunk[0]), images)] if npz else [(part(i), x) for i, x in zip(chunk, images)]:
+        for path, array in [(part(chunk[0]), images)] if npz else zip(map(part, chunk), images):
             with open(path + ".tmp", "wb") as f:
                 np.save(f, array) if npz else Image.fromarray(array).save(f, "PNG")
             os.replace(path + ".tmp", path)
@@ -140,14 +142,14 @@ def main(argv=None):
     device, rank, world = start()
     model, guide, tokenizer, (mean, std), shift = load(args, device, rank, world)
     c = model.config
-    classes = args.classes or [k * c.num_classes // min(8, c.num_classes) for k in range(min(8, c.num_classes))]
-    if args.save and not args.classes:
-        classes = list(range(c.num_classes))
+    columns = c.num_classes if args.save else min(8, c.num_classes)
+    classes = args.classes or [k * c.num_classes // columns for k in range(columns)]
     num = args.num or (50000 if args.save else len(classes) if args.trajectory else 4 * len(classes))
     labels = [classes[i % len(classes)] for i in range(num)]
-    recipe = dict(dit=os.path.abspath(args.dit), step=model.extras.get("step"), guide=args.guide, cfg=args.cfg,
-                  interval=list(args.interval), solver=args.solver, steps=args.steps, shift=round(shift, 4), seed=args.seed,
-                  ema=True, tokenizer=args.tokenizer or model.extras.get("tokenizer"), classes=len(classes), num=num)
+    recipe = dict(dit=os.path.abspath(args.dit), step=model.extras.get("step"), guide=args.guide,
+                  cfg=args.cfg, interval=list(args.interval), solver=args.solver, steps=args.steps,
+                  shift=round(shift, 4), seed=args.seed, ema=True,
+                  tokenizer=args.tokenizer or model.extras.get("tokenizer"), classes=len(classes), num=num)
     if rank == 0:
         print("recipe: " + ", ".join(f"{k} {v}" for k, v in recipe.items()))
 
@@ -158,7 +160,8 @@ def main(argv=None):
             noise = sample_noise(args.seed, part, c.grid ** 2, c.channels).to(device)
             y = torch.tensor([labels[i] for i in part], device=device)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                z = sample(model, noise, y, args.steps, shift, args.cfg, args.interval, guide, args.solver, trajectory)
+                z = sample(model, noise, y, args.steps, shift, args.cfg, args.interval, guide,
+                           args.solver, trajectory)
                 images.append(to_uint8(tokenizer.decode(z * std + mean)).cpu())
         return torch.cat(images)
 
@@ -169,8 +172,8 @@ def main(argv=None):
         make(range(num), path)
         path = [path[i * (len(path) - 1) // 7] for i in range(8)] if len(path) > 8 else path
         with torch.no_grad():
-            strip = torch.stack([to_uint8(tokenizer.decode(z * std + mean)) for _, z in path], 1)        # (num, T, 3, H, W)
-        save_grid(args.out, strip.flatten(0, 1), len(path))
+            strip = torch.stack([to_uint8(tokenizer.decode(z * std + mean)) for _, z in path], 1)
+        save_grid(args.out, strip.flatten(0, 1), len(path))  # strip (num, T, 3, H, W)
         print(f"columns: t = {', '.join(f'{t:.2f}' for t, _ in path)}")
     elif rank == 0:
         save_grid(args.out, make(range(num)), len(classes))

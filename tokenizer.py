@@ -1,12 +1,12 @@
-"""The RecTok tokenizer: images, the rectified flow that both stages share, the frozen teacher, the model, loading.
+"""The RecTok tokenizer: images, the rectified flow of both stages, the frozen teacher, the model, loading.
 
     from tokenizer import load_tokenizer
-    tokenizer = load_tokenizer("RecTok.pth")                # ours or the authors' file -> eval mode, EMA weights
+    tokenizer = load_tokenizer("RecTok.pth")  # ours or the authors' file -> eval mode, EMA weights
     mean, logvar = tokenizer.encode(images)                 # (B, 3, H, W) in [-1, 1] -> (B, N, C) each
     images = tokenizer.decode(mean)                         # (B, N, C) -> (B, 3, H, W)
 
-Letters: B images, N tokens (row-major over a square grid), K visible tokens, C latent channels, D teacher width.
-METHOD: RecTok, arXiv 2512.13421. Where paper and released code differ, the code made the weights and is followed.
+Letters: B images, N tokens (row-major, a square grid), K visible tokens, C latent channels, D teacher width.
+METHOD: RecTok, arXiv 2512.13421. Where paper and code differ, the code made the weights and is followed.
 """
 import hashlib
 import json
@@ -27,7 +27,7 @@ from PIL import Image
 # ---------------------------------------------------------------- images: uint8 (3, size, size), and a label
 
 def center_crop(image, size):
-    """PIL -> PIL, size x size: the ADM crop (halve by box while twice too large, bicubic, then the centre)."""
+    """PIL -> PIL, size x size: ADM's crop (halve by box while twice too large, bicubic, then the centre)."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -39,19 +39,20 @@ def center_crop(image, size):
 class ImageFolder:
     """root/class/**/*.jpg (label = rank of the class name), or a flat folder (label 0), in sorted order.
 
-    [i] or [(epoch, i)] -> uint8 (3, size, size), label. With flip, the coin is a function of (seed, epoch, i) alone.
-    EXIF orientation is ignored, as in the published pipeline. An unreadable file is replaced by the next readable
-    one, with a warning that names it, and counted in `bad` (shared with loader processes).
+    [i] or [(epoch, i)] -> uint8 (3, size, size), label. The coin of flip depends on (seed, epoch, i) alone.
+    EXIF orientation is ignored, as in the published pipeline. An unreadable file is replaced by the next
+    readable one, with a warning that names it, and counted in `bad` (shared with loader processes).
     """
     EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 
     def __init__(self, root, size, flip=False, seed=0):
         if not os.path.isdir(root):
-            raise FileNotFoundError(f"image folder {root!r} does not exist: give root/class/*.jpg or a flat folder")
+            raise FileNotFoundError(f"folder {root!r} does not exist: give root/class/*.jpg or a flat folder")
         self.root, self.size, self.flip, self.seed = root, size, flip, seed
         paths, labels, self.classes = [], [], []
         for name in sorted(entry.name for entry in os.scandir(root) if entry.is_dir()):
-            found = [os.path.join(folder, f) for folder, _, files in os.walk(os.path.join(root, name), followlinks=True)
+            found = [os.path.join(folder, f)
+                     for folder, _, files in os.walk(os.path.join(root, name), followlinks=True)
                      for f in files if f.lower().endswith(self.EXTENSIONS)]
             if found:
                 paths += sorted(found)
@@ -61,8 +62,8 @@ class ImageFolder:
             paths = sorted(e.path for e in os.scandir(root) if e.name.lower().endswith(self.EXTENSIONS))
             labels, self.classes = [0] * len(paths), ["0"]
         if not paths:
-            raise ValueError(f"image folder {root!r} holds no image (extensions {', '.join(self.EXTENSIONS)})")
-        self.paths = np.array([os.fsencode(p) for p in paths])   # one buffer: forked loaders do not copy a list apart
+            raise ValueError(f"folder {root!r} holds no image (extensions {', '.join(self.EXTENSIONS)})")
+        self.paths = np.array([os.fsencode(p) for p in paths])  # one buffer: forked loaders do not copy it
         self.labels, self.num_classes = np.array(labels), len(self.classes)
         self.bad = torch.zeros(1, dtype=torch.long).share_memory_()
 
@@ -75,9 +76,10 @@ class ImageFolder:
             path = os.fsdecode(self.paths[i if j == 0 else (i + j) % len(self)])
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")              # odd palettes or EXIF blocks are not worth a line each
+                    warnings.simplefilter("ignore")  # odd palettes or EXIF blocks are not worth a line each
                     warnings.simplefilter("error", Image.DecompressionBombWarning)
-                    image = center_crop(Image.open(path).convert("RGB"), self.size)
+                    image = Image.open(path).convert("RGB")
+                    image = center_crop(image, self.size) if self.size else image
                 break
             except Exception as error:                           # PIL raises many kinds on hostile files
                 self.bad += 1
@@ -91,14 +93,15 @@ class ImageFolder:
 
 
 class Shapes:
-    """Plainly coloured shapes, drawn on the fly, anti-aliased; image i and its label depend on (seed, i) alone."""
-    DISTANCE = {  # signed distance from the outline of a shape of radius about 1, negative inside; v points down
+    """Plainly coloured shapes, drawn on the fly, anti-aliased; [i] depends on (seed, i) alone."""
+    DISTANCE = {  # signed distance from the outline, radius about 1, negative inside; v points down
         "circle": lambda u, v: np.hypot(u, v) - 0.95,
         "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.75) - 0.22,
         "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.8,
         "diamond": lambda u, v: (np.abs(u) + np.abs(v) - 1.1) / 2 ** 0.5,
         "triangle": lambda u, v: np.maximum(v - 0.6, 0.87 * np.abs(u) - 0.5 * v - 0.55),
-        "cross": lambda u, v: np.maximum(np.minimum(np.abs(u), np.abs(v)) - 0.3, np.maximum(np.abs(u), np.abs(v)) - 1),
+        "cross": lambda u, v: np.maximum(np.minimum(np.abs(u), np.abs(v)) - 0.3,
+                                        np.maximum(np.abs(u), np.abs(v)) - 1),
         "flower": lambda u, v: np.hypot(u, v) - 0.7 - 0.3 * np.cos(5 * np.arctan2(u, -v)),
         "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 1, 0.7 - np.hypot(u - 0.55, v)),
     }
@@ -115,13 +118,14 @@ class Shapes:
         if not 0 <= i < self.length:
             raise IndexError(i)
         rng, label = np.random.default_rng((self.seed, i)), i % self.num_classes
-        radius, angle = rng.uniform(0.55, 0.75), rng.uniform(-0.2, 0.2)
-        x, y = (np.arange(self.size) + 0.5) / self.size * 2 - 1 - rng.uniform(-0.2, 0.2, (2, 1))
+        radius, angle = rng.uniform(0.7, 0.85), rng.uniform(-0.12, 0.12)
+        x, y = (np.arange(self.size) + 0.5) / self.size * 2 - 1 - rng.uniform(-0.1, 0.1, (2, 1))
         u = (np.cos(angle) * x[None, :] + np.sin(angle) * y[:, None]) / radius
         v = (np.cos(angle) * y[:, None] - np.sin(angle) * x[None, :]) / radius
         cover = np.clip(0.5 - self.DISTANCE[self.classes[label]](u, v) * radius * self.size / 2, 0, 1)
-        shape = rng.uniform(0, 1, (3, 1, 1))                         # RGB; the ground differs in every channel
-        ground = shape + np.where(shape < 0.5, 1, -1) * rng.uniform(0.25, 0.5, (3, 1, 1))
+        hue = rng.uniform(0, 6) + np.array([0, 4, 2])[:, None, None]     # a plain colour, on light grey
+        shape = 0.15 + 0.6 * np.clip(np.abs(hue % 6 - 3) - 1, 0, 1)
+        ground = rng.uniform(0.75, 0.95)
         return torch.from_numpy(np.round(255 * (ground + cover * (shape - ground))).astype(np.uint8)), label
 
 
@@ -140,12 +144,12 @@ def to_uint8(images):
 # The tokenizer is trained on z_t at the same t that the DiT will be: that is the point of RecTok.
 
 def latent_shift(N, C):
-    """The timestep shift s for N tokens of C channels: more dimensions need more noise to hide the same signal."""
+    """The timestep shift s for N tokens of C channels: more dimensions need more noise to hide a signal."""
     return max(1.0, math.sqrt(N * C / 4096))
 
 
 def sample_time(n, shift, u=None):
-    """n times, (n,): t = 1 - s u / (1 + (s - 1) u), u ~ U(0, 1) (given or drawn). s > 1 moves mass to noise."""
+    """n times (n,): t = 1 - s u / (1 + (s - 1) u), u ~ U(0, 1), given or drawn. s > 1 moves mass to noise."""
     u = torch.rand(n) if u is None else u
     return 1 - shift * u / (1 + (shift - 1) * u)
 
@@ -157,7 +161,7 @@ def flow(z, noise, t):
 
 
 def random_keep(B, N, ratio, noise=None):
-    """Indices of the VISIBLE patches, (B, K) long, K = ceil(N (1 - ratio)): the K smallest of noise (B, N)."""
+    """Indices of VISIBLE patches, (B, K) long, K = ceil(N (1 - ratio)): the K smallest of noise (B, N)."""
     noise = torch.rand(B, N) if noise is None else noise
     return noise.argsort(dim=1)[:, :math.ceil(N * (1 - ratio))]
 
@@ -170,14 +174,14 @@ def gather_tokens(x, index):
 # ---------------------------------------------------------------- transformer parts (also used by dit.py)
 
 def axial_rope(coords, freqs):
-    """coords (grid,), freqs (d/2,) -> cos and sin (2, grid^2, d): rows turn the first d/2 channels, columns the rest."""
-    angle = (coords[:, None] * freqs).expand(len(coords), -1, -1)           # (grid, grid, d/2), varies along dim 1
+    """coords (grid,), freqs (d/2,) -> cos, sin (2, grid^2, d): rows turn the first d/2, columns the rest."""
+    angle = (coords[:, None] * freqs).expand(len(coords), -1, -1)  # (grid, grid, d/2), varies along dim 1
     angle = torch.cat([angle.transpose(0, 1), angle], -1).flatten(0, 1)     # (N, d)
     return torch.stack([angle.cos(), angle.sin()])
 
 
 def rotate(x, rope):
-    """x cos + swap(x) sin over the last dim; swap sends adjacent channels (a, b) to (-b, a). x (B, N, 2, heads, d)."""
+    """x cos + swap(x) sin; swap sends adjacent channels (a, b) to (-b, a). x (B, N, 2, heads, d)."""
     cos, sin = rope.to(x.dtype)[..., None, None, :]                         # ([B,] N, 1, 1, d)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack((-b, a), -1).flatten(-2) * sin
@@ -194,7 +198,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=None):
         """x (B, N, W), rope (2, N, d) or (2, B, N, d) -> (B, N, W)."""
-        qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).split((2, 1), 2)          # (B, N, 2 or 1, heads, d)
+        qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).split((2, 1), 2)  # (B, N, 2 or 1, heads, d)
         if not isinstance(self.q_norm, nn.Identity):
             qk = torch.stack((self.q_norm(qk[:, :, 0]), self.k_norm(qk[:, :, 1])), 2)
         qk = qk if rope is None else rotate(qk, rope)
@@ -230,38 +234,39 @@ WEIGHTS = {  # published file -> where it downloads from (torch.hub checks the h
     "vgg16-397923af.pth": "https://download.pytorch.org/models/vgg16-397923af.pth",
     "vgg.pth": "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
     "convnext_small-0c510722.pth": "https://download.pytorch.org/models/convnext_small-0c510722.pth",
-    "pt_inception-2015-12-05-6726825d.pth": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                                            "pt_inception-2015-12-05-6726825d.pth",
+    "pt_inception-2015-12-05-6726825d.pth": "https://github.com/mseitzer/pytorch-fid/releases/download/"
+                                            "fid_weights/pt_inception-2015-12-05-6726825d.pth",
     "vit_large_patch16_siglip_256.webli.safetensors":
         "https://huggingface.co/timm/vit_large_patch16_siglip_256.webli/resolve/main/model.safetensors",
 }
 
 
 def weight_file(name, weights="weights"):
-    """Path of a published file: `weights` itself where it is a file, else weights/name, downloaded when absent."""
+    """Path of a published file: `weights` itself if it is a file, else weights/name, downloaded if absent."""
     if os.path.isfile(weights):
         return weights
     path = os.path.join(weights, name)
     if not os.path.exists(path):
         url = WEIGHTS.get(name)
         if not url:
-            raise FileNotFoundError(f"{path} is missing and cannot be downloaded freely: accept its licence at "
-                                    "ai.meta.com (resources, dinov3-downloads) and put the file there, or use the free "
-                                    "--teacher dinov2_vitl14")
+            raise FileNotFoundError(f"{path} is missing and cannot be downloaded freely: accept its licence "
+                                    "at ai.meta.com (resources, dinov3-downloads) and put the file there, "
+                                    "or use the free --teacher dinov2_vitl14")
         os.makedirs(weights, exist_ok=True)
         try:                                                     # to a temporary file first, then renamed
-            torch.hub.download_url_to_file(url, path, hash_prefix=(re.findall(r"-([0-9a-f]{8})\.", name) or [None])[-1])
+            torch.hub.download_url_to_file(url, path,
+                                           hash_prefix=(re.findall(r"-([0-9a-f]{8})\.", name) or [None])[-1])
         except Exception as error:
-            raise RuntimeError(f"could not download {url} ({error}); put the file at {path} yourself") from error
+            raise RuntimeError(f"could not download {url} ({error}); put it at {path} yourself") from error
     return path
 
 
 def read_weights(path):
-    """Tensors (or a checkpoint dict of ours) from .pth, .pt or .safetensors, on the CPU; never runs code of a file."""
+    """Tensors (or our checkpoint dict) from .pth, .pt or .safetensors, on the CPU; never runs its code."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no file of weights at {path!r}")
     try:
-        if path.endswith(".safetensors"):                        # u64 length, JSON header, raw little-endian bytes
+        if path.endswith(".safetensors"):  # u64 length, JSON header, raw little-endian bytes
             with open(path, "rb") as f:
                 header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
                 data = bytearray(f.read())
@@ -269,11 +274,12 @@ def read_weights(path):
                      "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
             header.pop("__metadata__", None)
             return {name: torch.frombuffer(data, dtype=types[t["dtype"]], count=math.prod(t["shape"]),
-                                           offset=t["data_offsets"][0]).view(t["shape"]) for name, t in header.items()}
+                                           offset=t["data_offsets"][0]).view(t["shape"])
+                    for name, t in header.items()}
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         why = str(error).strip().splitlines()[-1 if len(str(error)) < 200 else 0]
-        raise ValueError(f"{path!r} holds more than tensors (code, perhaps) or none, and is refused: {why}") from error
+        raise ValueError(f"{path!r} holds more than tensors (code?) or none and is refused: {why}") from error
     except Exception as error:
         raise ValueError(f"{path!r} is corrupt, truncated or no file of weights: {error}") from error
 
@@ -286,19 +292,19 @@ def load_named(module, state, path):
     for title, names in (("missing", own.keys() - state.keys()), ("surplus", state.keys() - own.keys()),
                          ("of another shape", wrong)):
         if names:
-            names = sorted(names)
-            raise ValueError(f"{path}: {len(names)} tensors {title}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}")
+            listed = ", ".join(sorted(names)[:8]) + ", ..." * (len(names) > 8)
+            raise ValueError(f"{path}: {len(names)} tensors {title}: {listed}")
     module.load_state_dict(state)
     return module
 
 
-# ---------------------------------------------------------------- the frozen teacher (vision foundation model, VFM)
+# ---------------------------------------------------------------- the teacher (vision foundation model, VFM)
 
 class DINO(nn.Module):
-    """One ViT for DINOv2 (version 2), DINOv3 (3) and timm's SigLIP ("siglip"): normalised images -> cls, patches.
+    """One ViT for DINOv2 (version 2), DINOv3 (3) and timm's SigLIP ("siglip"): images -> cls, patches.
 
-    Facts from facebookresearch/dinov2, facebookresearch/dinov3 and timm. RoPE channels are stored in adjacent pairs
-    (load_published permutes DINOv3's halves once), so that the Attention above serves.
+    Facts from facebookresearch/dinov2, facebookresearch/dinov3 and timm. RoPE channels are stored in adjacent
+    pairs (load_published permutes DINOv3's halves once), so that the Attention above serves.
     """
 
     def __init__(self, version, width, depth, heads, patch, image_size, registers=0):
@@ -312,7 +318,7 @@ class DINO(nn.Module):
             self.registers = nn.Parameter(0.02 * torch.randn(1, registers, width))
         if version != 3:
             self.pos_embed = nn.Parameter(0.02 * torch.randn(1, grid ** 2 + (version == 2), width))
-        self.blocks = nn.ModuleList(DINOBlock(width, heads, eps, scaled=version != "siglip") for _ in range(depth))
+        self.blocks = nn.ModuleList(DINOBlock(width, heads, eps, version != "siglip") for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps)
 
     def positions(self, grid):
@@ -321,16 +327,16 @@ class DINO(nn.Module):
         if grid == self.grid:
             return pos
         if self.version == "siglip":
-            raise ValueError(f"SigLIP was trained at {self.grid * self.patch} px; images of {grid * self.patch} px given")
+            raise ValueError(f"SigLIP was trained at {self.grid * self.patch} px, not {grid * self.patch}")
         table = pos[:, 1:].unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2).float()
         if hasattr(self, "registers"):        # the register models: exact size, antialiased
             table = F.interpolate(table, size=(grid, grid), mode="bicubic", antialias=True)
-        else:                                 # the first models: scale with an offset of 0.1, as they were trained
+        else:  # the first models: scale with an offset of 0.1, as they were trained
             table = F.interpolate(table, scale_factor=(grid + 0.1) / self.grid, mode="bicubic")
         return torch.cat([pos[:, :1], table.flatten(2).transpose(1, 2)], 1)
 
     def rope(self, grid, prefix, device):
-        """DINOv3: coordinates in [-1, 1], periods 100^(4i/d); the prefix tokens do not turn. (2, prefix + N, d)."""
+        """DINOv3: coords in [-1, 1], periods 100^(4i/d); prefix tokens do not turn. (2, prefix + N, d)."""
         d = self.blocks[0].attn.qkv.in_features // self.heads
         periods = 100 ** (torch.arange(d // 4, device=device) * 4 / d)
         coords = (torch.arange(grid, device=device) + 0.5) / grid * 2 - 1
@@ -339,7 +345,7 @@ class DINO(nn.Module):
         return torch.cat([still, rope], 1)
 
     def forward(self, x):
-        """x (B, 3, H, H) normalised -> class token (B, D) (SigLIP: the mean), patch tokens (B, N, D), both normalised."""
+        """x (B, 3, H, H) normalised -> class token (B, D) (SigLIP: mean), patches (B, N, D), both normed."""
         x = self.patch_embed(x)
         B, _, grid, _ = x.shape
         x, rope = x.flatten(2).transpose(1, 2), None
@@ -358,19 +364,19 @@ class DINO(nn.Module):
         return x[:, 0] if prefix else x.mean(1), x[:, prefix:]
 
     def load_published(self, state, path="the teacher's file"):
-        """Takes the published names (DINOv3 also the Hugging Face ones); anything missing or surplus is an error."""
+        """Takes the published names (DINOv3 also Hugging Face's); anything missing or surplus is an error."""
         state = dict(state)
         if any("layer.0." in name for name in state):
             state = _from_hugging_face(state)
-        drop = re.compile(r"mask_token|rope_embed\.|.*bias_mask|attn_pool\.")     # not used for clean features
+        drop = re.compile(r"mask_token|rope_embed\.|.*bias_mask|attn_pool\.")  # not used for clean features
         state = {n: w for n, w in state.items() if not drop.match(n)}
-        state = {re.sub(r"^(storage|register)_tokens", "registers", n).replace("patch_embed.proj", "patch_embed"): w
-                 for n, w in state.items()}
+        state = {re.sub(r"^(storage|register)_tokens", "registers", n)
+                 .replace("patch_embed.proj", "patch_embed"): w for n, w in state.items()}
         for n in [n for n in state if self.version == 3 and "attn.qkv" in n]:
-            w = state[n].unflatten(0, (3, self.heads, 2, -1)).clone()              # halves (2, d/2) of each head
+            w = state[n].unflatten(0, (3, self.heads, 2, -1)).clone()  # halves (2, d/2) of each head
             if n.endswith("bias"):
                 w[1] = 0                                                           # DINOv3 masks the key bias
-            w[:2] = w[:2].transpose(2, 3).reshape(w[:2].shape)                     # -> adjacent pairs, for q and k
+            w[:2] = w[:2].transpose(2, 3).reshape(w[:2].shape)  # -> adjacent pairs, for q and k
             state[n] = w.flatten(0, 3)
         return load_named(self, state, path)
 
@@ -382,7 +388,7 @@ class DINOBlock(nn.Module):
         self.norm2, self.mlp = nn.LayerNorm(width, eps), nn.Module()
         self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.ls1, self.ls2 = nn.Module(), nn.Module()
-        self.ls1.gamma = nn.Parameter(torch.ones(width)) if scaled else 1          # layer scale; SigLIP has none
+        self.ls1.gamma = nn.Parameter(torch.ones(width)) if scaled else 1  # layer scale; SigLIP has none
         self.ls2.gamma = nn.Parameter(torch.ones(width)) if scaled else 1
 
     def forward(self, x, rope):
@@ -394,7 +400,8 @@ def _from_hugging_face(state):
     """transformers' DINOv3 names -> the published ones, q, k and v in one tensor (k has no bias)."""
     out, table = {}, {"attention.o_proj": "attn.proj", "mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2",
                       "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma",
-                      "embeddings.patch_embeddings": "patch_embed.proj", "embeddings.register_tokens": "storage_tokens"}
+                      "embeddings.patch_embeddings": "patch_embed.proj",
+                      "embeddings.register_tokens": "storage_tokens"}
     for name, w in state.items():
         name = re.sub(r"^(model\.)?layer\.", "blocks.", name)
         for old, new in table.items():
@@ -409,7 +416,8 @@ def _from_hugging_face(state):
     return out
 
 
-TEACHERS = {"siglip_vitl16_256": ("siglip", 1024, 24, 16, 16, 256, 0, "vit_large_patch16_siglip_256.webli.safetensors")}
+TEACHERS = {"siglip_vitl16_256": ("siglip", 1024, 24, 16, 16, 256, 0,
+                                  "vit_large_patch16_siglip_256.webli.safetensors")}
 for _size, _width, _depth, _heads, _hash in (("s", 384, 12, 6, "08c60483"), ("b", 768, 12, 12, "73cec8be"),
                                              ("l", 1024, 24, 16, "8aa4cbdd")):
     TEACHERS[f"dinov3_vit{_size}16"] = (3, _width, _depth, _heads, 16, 256, 4,
@@ -421,9 +429,9 @@ for _size, _width, _depth, _heads, _hash in (("s", 384, 12, 6, "08c60483"), ("b"
 
 
 class Teacher(nn.Module):
-    """The one way from images in [-1, 1] (B, 3, H, H) to VFM features (B, N, D): always eval, never a gradient.
+    """The one way from images in [-1, 1] (B, 3, H, H) to VFM features (B, N, D): always eval, no gradient.
 
-    stride: image pixels a token. DINOv2 (patch 14) sees the image at 14/16 of its size, so that its grid is ours.
+    stride: image pixels a token. DINOv2 (patch 14) sees the image at 14/16 of its size, so its grid is ours.
     """
 
     def __init__(self, net, stride=16, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
@@ -441,7 +449,7 @@ class Teacher(nn.Module):
         """-> class token (B, D), patch tokens (B, N, D), after the final norm."""
         grid, rest = divmod(images.shape[-1], self.stride)
         if rest or images.shape[-1] != images.shape[-2]:
-            raise ValueError(f"teacher of stride {self.stride}: images of {tuple(images.shape[-2:])} have no such grid")
+            raise ValueError(f"teacher of stride {self.stride}: {tuple(images.shape[-2:])} has no such grid")
         x = (images * 0.5 + 0.5 - self.mean) / self.std
         if self.net.patch != self.stride:
             x = F.interpolate(x, size=grid * self.net.patch, mode="bilinear", align_corners=False)
@@ -456,12 +464,13 @@ class Teacher(nn.Module):
 def load_teacher(name, weights="weights"):
     """A Teacher by name (TEACHERS) or by the path of a teacher.pt of ours.
 
-    weights: the folder of published files, one such file, or "random" (timing and tests). DINOv3 may also lie there
-    as NAME.safetensors, with the Hugging Face names.
+    weights: the folder of published files, one such file, or "random" (timing and tests). DINOv3 may also lie
+    there as NAME.safetensors, with the Hugging Face names.
     """
     if name not in TEACHERS:
         if not os.path.isfile(name):
-            raise ValueError(f"unknown teacher {name!r}: choose from {', '.join(sorted(TEACHERS))}, or give a teacher.pt")
+            raise ValueError(f"unknown teacher {name!r}: choose from {', '.join(sorted(TEACHERS))}, "
+                             "or give a teacher.pt")
         file = read_weights(name)
         net = load_named(DINO(**file["config"]), file["model"], name)
         return Teacher(net, net.patch, (0.5,) * 3, (0.5,) * 3)
@@ -499,11 +508,12 @@ class TokenizerConfig:
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise ValueError(f"image size {self.image_size} is not divisible by the patch size {self.patch_size}")
+            raise ValueError(f"size {self.image_size} is not divisible by the patch size {self.patch_size}")
         for part, extra in (("encoder", ()), ("decoder", ()), ("semantic", ("mlp", "none"))):
-            if getattr(self, part) not in (*SIZES, *extra):
-                raise ValueError(f"unknown {part} size {getattr(self, part)!r}: choose from {', '.join((*SIZES, *extra))}")
-        self.teacher_dim = tuple(self.teacher_dim) if isinstance(self.teacher_dim, (list, tuple)) else (self.teacher_dim,)
+            if (size := getattr(self, part)) not in (*SIZES, *extra):
+                raise ValueError(f"unknown {part} size {size!r}: choose from {', '.join((*SIZES, *extra))}")
+        dims = self.teacher_dim
+        self.teacher_dim = tuple(dims) if isinstance(dims, (list, tuple)) else (dims,)
 
     @property
     def grid(self):
@@ -511,7 +521,7 @@ class TokenizerConfig:
 
 
 class Trunk(nn.Module):
-    """Position embedding, RMSNorm, blocks with 2-D RoPE, RMSNorm: the body of the encoder and of both decoders."""
+    """Position embedding, RMSNorm, blocks with 2-D RoPE, RMSNorm: the body of encoder and both decoders."""
 
     def __init__(self, size, grid):
         super().__init__()
@@ -519,10 +529,11 @@ class Trunk(nn.Module):
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(1, grid ** 2, width))
         self.ln_pre, self.ln_post = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
         self.transformer = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        # The list of d/4 frequencies stands twice in a row, so the two channels of a rotated pair turn at different
-        # speeds. Not a rotation, strictly, but what the published weights were trained with.
+        # The list of d/4 frequencies stands twice in a row, so the two channels of a rotated pair turn at
+        # different speeds. Not a rotation, strictly, but what the published weights were trained with.
         freqs = 2 * math.pi * 7.0 * (7.0 / 7e-4) ** torch.linspace(0, -1, width // heads // 4)
-        self.register_buffer("rope", axial_rope(torch.linspace(0, 1, grid), freqs.repeat(2)), persistent=False)
+        rope = axial_rope(torch.linspace(0, 1, grid), freqs.repeat(2))
+        self.register_buffer("rope", rope, persistent=False)
 
     def run(self, x, keep=None):
         """x (B, N, W), or with keep its visible tokens (B, K, W) -> the same shape."""
@@ -536,7 +547,7 @@ class Trunk(nn.Module):
 
 
 def fill_hidden(x, keep, token, N):
-    """Visible tokens x (B, K, W) at their places keep (B, K), the learned `token` (1, 1, W) at hidden ones: (B, N, W)."""
+    """Visible x (B, K, W) at places keep (B, K), the learned `token` (1, 1, W) at hidden ones: (B, N, W)."""
     if keep is None:
         return x
     full = token.to(x.dtype).expand(len(x), N, -1)
@@ -544,7 +555,7 @@ def fill_hidden(x, keep, token, N):
 
 
 def linear_1x1(x, conv):
-    """A patch-sized or 1x1 convolution applied to tokens (B, N, in): the same product, without the layout changes."""
+    """A patch-sized or 1x1 convolution of tokens (B, N, in): the same product, without layout changes."""
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
@@ -556,9 +567,9 @@ class Encoder(Trunk):
         self.latent_head = nn.Linear(width, 2 * config.channels)                  # mean and log-variance
 
     def forward(self, images, keep=None):
-        patches = F.pixel_unshuffle(images, self.patch_embed[0].stride[0]).flatten(2).transpose(1, 2)  # (B, N, 3 p p)
+        patches = F.pixel_unshuffle(images, self.patch_embed[0].stride[0]).flatten(2).transpose(1, 2)
         if keep is not None:
-            patches = gather_tokens(patches, keep)                                # hidden pixels go no further
+            patches = gather_tokens(patches, keep)  # (B, K, 3 p p): hidden pixels go no further
         return self.latent_head(self.run(linear_1x1(patches, self.patch_embed[0]), keep))
 
 
@@ -568,14 +579,14 @@ class PixelDecoder(Trunk):
         width, self.patch = SIZES[config.decoder][0], config.patch_size
         self.mask_token = nn.Parameter(width ** -0.5 * torch.randn(1, 1, width))
         self.decoder_embed = nn.Linear(config.channels, width)
-        self.ffn = nn.Sequential(nn.Identity(), nn.Conv2d(width, 3 * self.patch ** 2, 1))   # published name: ffn.1
+        self.ffn = nn.Sequential(nn.Identity(), nn.Conv2d(width, 3 * self.patch ** 2, 1))  # published: ffn.1
         self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
 
     def forward(self, z, keep=None):
         N, p = self.positional_embedding.shape[1], self.patch
         x = self.run(fill_hidden(self.decoder_embed(z), keep, self.mask_token, N))
-        x = linear_1x1(x, self.ffn[1]).view(len(z), math.isqrt(N), math.isqrt(N), p, p, 3)  # (B, g, g, p1, p2, c)
-        return self.conv_out(x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3))       # (B, 3, H, W)
+        x = linear_1x1(x, self.ffn[1]).view(len(z), math.isqrt(N), -1, p, p, 3)      # (B, g, g, p1, p2, c)
+        return self.conv_out(x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3))  # (B, 3, H, W)
 
 
 class SemanticDecoder(Trunk):
@@ -594,7 +605,7 @@ class SemanticMLP(nn.Module):
     def __init__(self, config, teacher_dim):
         super().__init__()
         C, self.N = config.channels, config.grid ** 2
-        self.mask_embedding = nn.Parameter(torch.zeros(1, 1, C))                  # ours: theirs cannot be masked
+        self.mask_embedding = nn.Parameter(torch.zeros(1, 1, C))  # ours: theirs cannot be masked
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, teacher_dim))
 
     def forward(self, z, keep=None):
@@ -602,13 +613,13 @@ class SemanticMLP(nn.Module):
 
 
 class RecTok(nn.Module):
-    """Encoder, pixel decoder and one semantic decoder a teacher. keep: indices (B, K) of the visible patches, or None."""
+    """Encoder, pixel decoder, one semantic decoder a teacher. keep: visible patch indices (B, K), or None."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), PixelDecoder(config)
-        for module in self.modules():                    # the semantic decoders keep PyTorch's defaults, as published
+        for module in self.modules():  # the semantic decoders keep PyTorch's defaults, as published
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
@@ -617,7 +628,7 @@ class RecTok(nn.Module):
             self.sem_decoders = nn.ModuleList(kind(config, dim) for dim in config.teacher_dim)
 
     def encode(self, images, keep=None):
-        """images (B, 3, H, W) in [-1, 1] -> mean, logvar (B, K, C) of the posterior; hidden patches are never seen."""
+        """images (B, 3, H, W) in [-1, 1] -> posterior mean, logvar (B, K, C); hidden patches are not seen."""
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             raise ValueError(f"images of {tuple(images.shape[-2:])} given to a tokenizer of {size} x {size}")
@@ -629,9 +640,9 @@ class RecTok(nn.Module):
         return self.decoder(z, keep)
 
     def predict(self, z, keep=None):
-        """z (B, K, C), clean or z_t -> the teacher's features of ALL N patches, (B, N, D); a list for several teachers."""
+        """z (B, K, C), clean or z_t -> features of ALL N patches (B, N, D); a list for several teachers."""
         if self.config.semantic == "none":
-            raise ValueError("this tokenizer has no semantic decoder (trained without one, or after stage 1b)")
+            raise ValueError("this tokenizer has no semantic decoder (trained without one or after stage 1b)")
         predicted = [decoder(z, keep) for decoder in self.sem_decoders]
         return predicted if len(predicted) > 1 else predicted[0]
 
@@ -651,14 +662,14 @@ def _infer_config(state):
 
 
 def load_tokenizer(path, config=None, ema=True):
-    """RecTok in eval mode from our checkpoints or the authors' RecTok*.pth (EMA weights; raw ones with ema=False).
+    """RecTok in eval mode from our checkpoints or the authors' RecTok*.pth (EMA weights; raw with ema=False).
 
     config: the shape to build (default: the file's). Another image size interpolates the position embeddings
-    (bicubic); semantic="none" leaves the semantic decoders out. Otherwise missing or surplus tensors raise ValueError.
+    (bicubic); semantic="none" drops the semantic decoders. Other missing or surplus tensors raise ValueError.
     """
     file = read_weights(path)
     state = file.get("model_ema" if ema else "model", file.get("model", file))
-    # What the authors' files also hold: RoPE tables, DiT-style position tables, the teacher; and `aux*`, an older name.
+    # Also in the authors' files: RoPE tables, DiT-style position tables, the teacher; `aux*`, an older name.
     state = {re.sub(r"^aux\w*decoders\.", "sem_decoders.", n): w for n, w in state.items()
              if not re.search(r"freqs_(cos|sin)$|(^|\.)pos_embed$|^(sem|aux)\w*foundation_models\.", n)}
     teachers = list(dict.fromkeys(n.split(".")[1] for n in state if n.startswith("sem_decoders.")))

@@ -1,12 +1,12 @@
 """Stage 2: train a DiT-DH by flow matching on the latents of a RecTok tokenizer.
 
-    python train_dit.py --tiny                                     # after train_tokenizer.py --tiny; minutes on a laptop
+    python train_dit.py --tiny  # after train_tokenizer.py --tiny; minutes on a laptop
     torchrun --nproc_per_node=8 train_dit.py --data data/imagenet/train --tokenizer out/tokenizer/last.pt
-    torchrun --nproc_per_node=8 train_dit.py ... --size S --stop_at 37530 --out out/dit_s      # a guide: S, 30 epochs
+    torchrun --nproc_per_node=8 train_dit.py ... --size S --stop_at 37530 --out out/dit_s  # guide: 30 epochs
 
-Latents are encoded on the fly, as published: posterior samples of flipped images, normalised by the channel statistics
-of the posterior means. Running the same command again goes on from --out/last.pt. Published figures at 80 and 600
-epochs are snapshots of one 800-epoch schedule: leave --epochs and use --stop_at.
+Latents are encoded on the fly, as published: posterior samples of flipped images, normalised by the channel
+statistics of the posterior means. Running the same command again goes on from --out/last.pt. Published
+figures at 80 and 600 epochs are snapshots of one 800-epoch schedule: leave --epochs and use --stop_at.
 """
 import argparse
 import functools
@@ -23,22 +23,22 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from dit import PRESETS, DiT, DiTConfig, flow_loss, latent_statistics, sample
-from tokenizer import (ImageFolder, Shapes, fingerprint, latent_shift, load_named, load_teacher, load_tokenizer, read_weights,
-                       to_float)
-from train_tokenizer import (catch_signals, clip_and_agree, guard, key, loader, log_row, micro_batch, open_data,
-                             progress, resume, sample_noise, save, save_grid, start, update_ema, workers)
+from tokenizer import (ImageFolder, Shapes, fingerprint, latent_shift, load_named, load_teacher,
+                       load_tokenizer, read_weights, to_float)
+from train_tokenizer import (catch_signals, clip_and_agree, guard, key, loader, log_row, micro_batch,
+                             open_data, progress, resume, sample_noise, save, save_grid, start, update_ema,
+                             workers)
 
 
 def lr_at(progress, peak, final=0.1, flat=0.05):
-    """Constant for the first 40 of 800 epochs, then linear to a tenth of it (2e-4 to 2e-5); progress in [0, 1]."""
+    """Constant for the first 40 of 800 epochs, then linear to a tenth (2e-4 to 2e-5); progress in [0, 1]."""
     return peak * (1 - (1 - final) * min(1, max(0, (progress - flat) / (1 - flat))))
 
 
 def draw(args, num_classes, z_shape, y, seed, device):
-    """The draws of one micro-batch, a function of `seed` alone: eps of the posterior, noise, u (B,), dropped labels."""
+    """A micro-batch's draws, a function of `seed` alone: posterior eps, noise, u (B,), dropped labels."""
     rng = torch.Generator(device).manual_seed(seed)
     eps, noise = torch.randn(2, *z_shape, generator=rng, device=device)
     u, coin = torch.rand(2, len(y), generator=rng, device=device)
@@ -55,14 +55,15 @@ def generate(ema, tokenizer, stats, seed, indices, labels, device, **how):
 
 @torch.no_grad()
 def class_agreement(ema, tokenizer, stats, seed, path, device, num=512, **how):
-    """The share of `num` samples that the tiny teacher's class head takes for the class that was asked for."""
+    """The share of `num` samples that the tiny teacher's class head takes for the class asked for."""
     teacher, file = load_teacher(path).to(device), read_weights(path)
     head = nn.Linear(teacher.width, len(file["head"]["bias"])).to(device)
     head.load_state_dict(file["head"])
     hits = 0
     for first in range(0, num, 128):
         labels = [i % ema.config.num_classes for i in range(first, min(num, first + 128))]
-        images = generate(ema, tokenizer, stats, seed, range(first, first + len(labels)), labels, device, **how)
+        images = generate(ema, tokenizer, stats, seed, range(first, first + len(labels)), labels, device,
+                          **how)
         hits += (head(teacher.features(images)[0]).argmax(1).cpu() == torch.tensor(labels)).sum().item()
     return hits / num
 
@@ -76,15 +77,15 @@ TINY = dict(data="shapes", size="nano", steps=1000, batch=64, lr=1e-3, ema=0.99,
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("run").add_argument
-    add("--tiny", action="store_true", help="on the tiny tokenizer of train_tokenizer.py --tiny: minutes on a laptop")
+    add("--tiny", action="store_true", help="on the tokenizer of stage 1's --tiny: minutes on a laptop")
     add("--data", default="data/imagenet/train", help="root/class/*.jpg; 'shapes' draws its own")
-    add("--tokenizer", default="out/tokenizer/last.pt", help="checkpoint of stage 1 or 1b, or the authors' RecTok.pth")
+    add("--tokenizer", default="out/tokenizer/last.pt", help="of stage 1 or 1b, or the authors' RecTok.pth")
     add("--out", default="out/dit", help="run folder; the same command again goes on from its last.pt")
     add("--seed", type=int, default=0, help="of the weights, the data order, every draw and the samples")
     add = p.add_argument_group("model").add_argument
     add("--size", default="XL", choices=list(PRESETS), help="row of dit.PRESETS")
     add("--qk_norm", action="store_true", help="RMSNorm on q and k, against late instability")
-    add("--grad_checkpoint", action="store_true", help="recompute the blocks in backward: less memory, a third slower")
+    add("--grad_checkpoint", action="store_true", help="recompute the blocks: less memory, a third slower")
     add("--shift", default="auto", help="timestep shift s (auto: max(1, sqrt(N C / 4096)))")
     add("--label_dropout", type=float, default=0.1, help="share of labels replaced by the null class")
     add = p.add_argument_group("optimisation").add_argument
@@ -92,13 +93,13 @@ def parse(argv=None):
     add("--steps", type=int, help="the same in steps, instead of --epochs")
     add("--stop_at", type=int, help="leave after this step; the same command without it goes on")
     add("--batch", type=int, default=1024, help="global batch, whatever the number of processes")
-    add("--micro_batch", type=int, help="images a process and pass; accumulation does the rest (default: 64 or less)")
+    add("--micro_batch", type=int, help="images a process and pass; the rest accumulates (default: up to 64)")
     add("--lr", type=float, default=2e-4, help="constant for 5 %% of training, then linear to a tenth")
     add("--ema", type=float, default=0.9995, help="decay of the averaged weights")
-    add("--max_bad_steps", type=int, default=3, help="non-finite steps in a row that are skipped before giving up")
+    add("--max_bad_steps", type=int, default=3, help="non-finite steps in a row, skipped before giving up")
     add = p.add_argument_group("machine").add_argument
     add("--save_every", type=int, default=5000, help="steps between last.pt; 10 x as many to a milestone")
-    add("--sample_every", type=int, default=5000, help="steps between grids of EMA samples, from the same noise")
+    add("--sample_every", type=int, default=5000, help="steps between EMA sample grids, from the same noise")
     add("--cfg", type=float, default=1.0, help="guidance of those samples")
     add("--sample_steps", type=int, default=49, help="Euler steps of those samples")
     add("--workers", type=int, help="loader processes of each process (default: its share of the cores)")
@@ -133,8 +134,8 @@ def main(argv=None):
     os.makedirs(args.out, exist_ok=True)
     file = resume(args, rank)
     if file and file["fingerprint"] != mark:
-        raise ValueError(f"{args.out} was trained on the latents of another tokenizer than {args.tokenizer} (fingerprint "
-                         f"{file['fingerprint'][:8]}, now {mark[:8]})")
+        raise ValueError(f"{args.out} was trained on the latents of another tokenizer than {args.tokenizer} "
+                         f"(fingerprint {file['fingerprint'][:8]}, now {mark[:8]})")
     if file and file["step"] >= last:
         return rank == 0 and print(f"{args.out} is at step {file['step']} of {steps}: nothing to do")
     if file:
@@ -158,12 +159,12 @@ def main(argv=None):
         load_named(ema, file["model_ema"], args.out)
         optimizer.load_state_dict(file["optimizer"])
     if rank == 0:
-        print(f"torch {torch.__version__}, {world} x {device.type}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
-              f" M parameters, {len(data)} images of {num_classes} classes, steps {first} to {last} of {steps}, shift "
-              f"{shift:.3f}")
+        print(f"torch {torch.__version__}, {world} x {device.type}, "
+              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data)} images of "
+              f"{num_classes} classes, steps {first} to {last} of {steps}, shift {shift:.3f}")
         with open(os.path.join(args.out, "config.json"), "w") as f:
-            json.dump({"args": vars(args), "model": asdict(model.config), "torch": torch.__version__, "world": world}, f,
-                      indent=1)
+            json.dump({"args": vars(args), "model": asdict(model.config), "torch": torch.__version__,
+                       "world": world}, f, indent=1)
     net = model
     if device.type == "cuda" and not args.no_compile:
         net.compile()
@@ -173,7 +174,7 @@ def main(argv=None):
 
     accumulate = args.batch // (args.micro_batch * world)
     images_of = loader(data, args, first, last, rank, world, device)
-    columns = min(8, num_classes)                    # the picture: one class a column, the same noise every time
+    columns = min(8, num_classes)  # the picture: one class a column, the same noise every time
     show = [i % columns * (num_classes // columns) for i in range(8 * columns)]
     stop, bar, began = catch_signals(), progress(rank, total=last, initial=first, desc="stage 2"), time.time()
 
@@ -187,7 +188,8 @@ def main(argv=None):
             with autocast():
                 with torch.no_grad():
                     mean, logvar = tokenizer.encode(to_float(images))
-                eps, noise, u, y = draw(args, num_classes, mean.shape, y, key(args.seed, step, rank, m), device)
+                eps, noise, u, y = draw(args, num_classes, mean.shape, y,
+                                        key(args.seed, step, rank, m), device)
                 z = mean.float() + (logvar.float() / 2).exp() * eps                # posterior sample
                 z = (z - stats[0]) / stats[1]
                 loss = flow_loss(net, z, y, shift, noise, u).mean()
@@ -220,8 +222,9 @@ def main(argv=None):
                 images = generate(ema, tokenizer, stats, args.seed, range(len(show)), show, device, **how)
             save_grid(os.path.join(args.out, f"step_{done}.png"), images, columns)
         if rank == 0 and (done % args.save_every == 0 or done == last or leave):
-            weights = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(model.config),
-                       "args": vars(args), "step": done, "latent_mean": stats[0].cpu(), "latent_std": stats[1].cpu(),
+            weights = {"model": model.state_dict(), "model_ema": ema.state_dict(),
+                       "config": asdict(model.config), "args": vars(args), "step": done,
+                       "latent_mean": stats[0].cpu(), "latent_std": stats[1].cpu(),
                        "tokenizer": os.path.abspath(args.tokenizer), "fingerprint": mark}
             save(os.path.join(args.out, "last.pt"), weights | {"optimizer": optimizer.state_dict()})
             if done % (10 * args.save_every) == 0 or done == steps:
@@ -233,8 +236,8 @@ def main(argv=None):
     teacher = os.path.join(os.path.dirname(args.tokenizer), "teacher.pt")
     if args.tiny and rank == 0 and done == steps and os.path.exists(teacher):
         share = class_agreement(ema, tokenizer, stats, args.seed, teacher, device, **how)
-        print(f"class agreement: {100 * share:.1f} % of 512 samples (the tiny teacher's head; EMA, {args.sample_steps} Euler "
-              f"steps, CFG {args.cfg}, seed {args.seed})")
+        print(f"class agreement: {100 * share:.1f} % of 512 samples (the tiny teacher's head; EMA, "
+              f"{args.sample_steps} Euler steps, CFG {args.cfg}, seed {args.seed})")
     if world > 1:
         dist.destroy_process_group()
 

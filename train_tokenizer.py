@@ -1,14 +1,13 @@
 """Stage 1: train the RecTok tokenizer. Stage 1b: fine-tune its pixel decoder.
 
-    python train_tokenizer.py --tiny                                              # a laptop: no data, no downloads
+    python train_tokenizer.py --tiny  # a laptop: no data, no downloads
     torchrun --nproc_per_node=8 train_tokenizer.py --data data/imagenet/train     # the published recipe
-    torchrun --nproc_per_node=8 train_tokenizer.py --data data/imagenet/train --finetune_decoder out/tokenizer/last.pt
-    torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_tokenizer.py --data ...
+    torchrun --nproc_per_node=8 train_tokenizer.py --data ... --finetune_decoder out/tokenizer/last.pt
+    torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_tokenizer.py
 
 Running the same command again goes on from --out/last.pt. The same script runs with and without torchrun.
 """
 import argparse
-import contextlib
 import csv
 import functools
 import json
@@ -32,14 +31,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tokenizer import (DINO, SIZES, ImageFolder, RecTok, Shapes, Teacher, TokenizerConfig, flow, latent_shift,
-                       load_named, load_teacher, load_tokenizer, random_keep, read_weights, sample_time, to_float,
-                       to_uint8, weight_file)
+                       load_named, load_teacher, load_tokenizer, random_keep, read_weights, sample_time,
+                       to_float, to_uint8, weight_file)
 
 
 # ---------------------------------------------------------------- losses (all reductions in float32)
 
 class LPIPS(nn.Module):
-    """LPIPS v0.1 on VGG16 (Zhang et al. 2018): (target, prediction) in [-1, 1] -> (B,). weights: folder or "random"."""
+    """LPIPS v0.1, VGG16 (Zhang et al. 2018): both images in [-1, 1] -> (B,); weights: folder or "random"."""
     LAYERS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
 
     def __init__(self, weights="weights"):
@@ -76,7 +75,7 @@ class LPIPS(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt-S (Liu et al. 2022) under torchvision's names: ImageNet-normalised (B, 3, 224, 224) -> logits (B, 1000)."""
+    """ConvNeXt-S (Liu et al. 2022), torchvision names: ImageNet-normalised (B, 3, 224, 224) -> (B, 1000)."""
 
     def __init__(self):
         super().__init__()
@@ -137,20 +136,21 @@ class PerceptualLoss(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch statistics always, as published (D never leaves train mode); the running ones only carry their names."""
+    """Always batch statistics, as published (D stays in train mode); running ones only carry their names."""
 
     def forward(self, x):
         return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
 
 
 class PatchGAN(nn.Module):
-    """Patch discriminator (Isola et al. 2017): images in [0, 1] -> logits (B, 1, h, w). width: base channels."""
+    """Patch discriminator (Isola et al. 2017): [0, 1] images -> logits (B, 1, h, w). width: base channels."""
 
     def __init__(self, width=64):
         super().__init__()
         layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for stride in (2, 2, 1):
-            layers += [nn.Conv2d(width, 2 * width, 4, stride, 1, bias=False), BatchNorm(2 * width), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(width, 2 * width, 4, stride, 1, bias=False), BatchNorm(2 * width),
+                       nn.LeakyReLU(0.2)]
             width *= 2
         self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
 
@@ -170,7 +170,7 @@ def kl_loss(mean, logvar):
 
 
 def semantic_loss(pred, target, kind="cosine", hidden=None):
-    """1 - cosine (or l1, l2) of (B, N, D), averaged over tokens; over the hidden (B, N) ones where given (0 if none)."""
+    """1 - cosine (or l1, l2) of (B, N, D), mean over tokens, or hidden (B, N) ones if given (0 if none)."""
     pred, target = pred.float(), target.float()
     if kind == "cosine":
         loss = 1 - (F.normalize(pred, dim=-1) * F.normalize(target, dim=-1)).sum(-1)           # (B, N)
@@ -197,24 +197,24 @@ class RecTokPass(nn.Module):
         self.read_flow, self.decode_noisy = args.distill == "flow", args.decode == "noisy"
 
     def forward(self, images, keep, eps, noise, t):
-        mean, logvar = self.model.encode(images, keep)              # RAD: the encoder sees visible patches only
+        mean, logvar = self.model.encode(images, keep)  # RAD: the encoder sees visible patches only
         z = mean + (logvar / 2).exp() * eps                         # posterior sample (B, K, C)
         z_t = flow(z, self.gamma * noise, t) if self.gamma else z   # the path that the DiT will walk
         predicted = []
-        if self.model.config.semantic != "none":                    # FSD: predict the VFM from z_t, of ALL patches
+        if self.model.config.semantic != "none":  # FSD: predict the VFM from z_t, of ALL patches
             predicted = self.model.predict(z_t if self.read_flow else z, keep)
         reconstruction = self.model.decode(z_t if self.decode_noisy else z, keep)
         return mean, logvar, predicted if isinstance(predicted, list) else [predicted], reconstruction
 
 
 def draw(args, config, B, seed, device):
-    """The random draws of one micro-batch, a function of `seed` alone: keep (B, K), eps and noise (B, K, C), t (B,)."""
+    """A micro-batch's draws, a function of `seed` alone: keep (B, K), eps and noise (B, K, C), t (B,)."""
     rng = torch.Generator(device).manual_seed(seed)
     ratio = np.random.default_rng(seed).uniform(args.mask_min, args.mask_max)        # one a micro-batch
     keep = random_keep(B, config.grid ** 2, max(0.0, ratio),
                        torch.rand(B, config.grid ** 2, generator=rng, device=device))
     eps, noise = torch.randn(2, *keep.shape, config.channels, generator=rng, device=device)
-    if args.schedule == "lognormal":                                                 # noise level sigmoid(N(0, 1))
+    if args.schedule == "lognormal":  # noise level sigmoid(N(0, 1))
         t = 1 - torch.randn(B, generator=rng, device=device).sigmoid()
     else:
         shift = 1.0 if args.schedule == "uniform" else args.shift
@@ -222,7 +222,7 @@ def draw(args, config, B, seed, device):
     return keep, eps, noise, t
 
 
-# ---------------------------------------------------------------- run helpers, shared with train_dit.py and sample.py
+# ---------------------------------------------------------------- shared with train_dit.py and sample.py
 
 def start():
     """-> device, rank, world size. torchrun's environment decides; without it, one process."""
@@ -241,15 +241,16 @@ def key(*ids):
 
 
 def sample_noise(seed, indices, N, C):
-    """Starting noise (len(indices), N, C): sample i is a function of (seed, i), whatever the batch or the machine."""
-    return torch.stack([torch.randn(N, C, generator=torch.Generator().manual_seed(key(seed, i))) for i in indices])
+    """Starting noise (len(indices), N, C): sample i depends on (seed, i) alone, not on batch or machine."""
+    return torch.stack([torch.randn(N, C, generator=torch.Generator().manual_seed(key(seed, i)))
+                        for i in indices])
 
 
 def batches(length, batch, micro, seed, first, last, rank=0, world=1):
     """Indices (epoch, i) of this rank's micro-batches for steps first..last-1.
 
-    The epochs' permutations form one endless stream, cut into global batches: each image comes exactly once an epoch,
-    nothing is padded or dropped, and the global batch of a step is the same for any number of processes.
+    The epochs' permutations form one endless stream, cut into global batches: each image comes exactly once
+    an epoch, nothing is padded or dropped, and a step's global batch is the same for any number of processes.
     """
     order = functools.lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(length))
     for step in range(first, last):
@@ -279,11 +280,12 @@ def workers(args):
 def loader(data, args, first, last, rank, world, device):
     """Iterator over this rank's micro-batches (uint8 images, labels) of steps first..last-1."""
     order = batches(len(data), args.batch, args.micro_batch, args.seed, first, last, rank, world)
-    return iter(DataLoader(data, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda"))
+    return iter(DataLoader(data, batch_sampler=order, num_workers=args.workers,
+                           pin_memory=device.type == "cuda"))
 
 
 def catch_signals():
-    """A list that fills on SIGTERM or Ctrl-C: finish the step, save, leave; a second signal leaves at once."""
+    """A list that fills on SIGTERM or Ctrl-C: finish the step, save, leave; a second one leaves at once."""
     stop = []
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, lambda s, _: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
@@ -291,7 +293,7 @@ def catch_signals():
 
 
 def clip_and_agree(nets, stop, world, device):
-    """The one fence of a step: clip each (net, max norm) -> gradient norms, and whether any rank wants to leave."""
+    """A step's one fence: clip each (net, max norm) -> gradient norms, whether any rank wants to leave."""
     norms = [torch.nn.utils.clip_grad_norm_(net.parameters(), most) for net, most in nets]
     fence = torch.stack([*norms, torch.tensor(float(bool(stop)), device=device)])
     if world > 1:
@@ -301,14 +303,14 @@ def clip_and_agree(nets, stop, world, device):
 
 
 def guard(norms, bad, args, step, rank, terms):
-    """0 for a finite step; else the count of bad ones in a row (no weight may be touched), or FloatingPointError."""
+    """0 for a finite step; else the count of bad ones in a row (touch no weight), or FloatingPointError."""
     if np.isfinite(norms).all():
         return 0
     if rank == 0:
         tqdm.write(f"step {step}: non-finite gradient, skipped; {terms}")
     if bad + 1 >= args.max_bad_steps:
-        raise FloatingPointError(f"{bad + 1} non-finite steps in a row, the last one {step}: {terms}; the last good "
-                                 f"checkpoint is {os.path.join(args.out, 'last.pt')}")
+        raise FloatingPointError(f"{bad + 1} non-finite steps in a row, the last one {step}: {terms}; the "
+                                 f"last good checkpoint is {os.path.join(args.out, 'last.pt')}")
     return bad + 1
 
 
@@ -317,7 +319,7 @@ def update_ema(ema, model, decay):
 
 
 def save(path, file):
-    """Atomic: a temporary name, flushed to the disk, then renamed; a kill at any moment leaves the old file or the new."""
+    """Atomic: a temporary name, flushed to disk, renamed; a kill any time leaves the old file or the new."""
     with open(path + ".tmp", "wb") as f:
         torch.save(file, f)
         f.flush()
@@ -325,24 +327,26 @@ def save(path, file):
     os.replace(path + ".tmp", path)
 
 
-MAY_DIFFER = {"epochs", "steps", "stop_at", "save_every", "eval_every", "sample_every", "workers", "micro_batch",
-              "no_compile", "max_bad_steps", "eval_num"}
+MAY_DIFFER = {"epochs", "steps", "stop_at", "save_every", "eval_every", "sample_every", "workers",
+              "micro_batch", "no_compile", "max_bad_steps", "eval_num"}
 
 
 def resume(args, rank):
-    """The checkpoint in --out, if any; refuses a folder of another configuration; the log loses rows after it."""
+    """The checkpoint in --out, if any; refuses another configuration's folder; the log loses later rows."""
     path, log = os.path.join(args.out, "last.pt"), os.path.join(args.out, "log.csv")
     file = read_weights(path) if os.path.exists(path) else None
     if file:
         changed = {k: (v, vars(args).get(k)) for k, v in file["args"].items() if vars(args).get(k) != v}
         if wrong := [f"{k}: was {a}, now {b}" for k, (a, b) in changed.items() if k not in MAY_DIFFER]:
-            raise ValueError(f"{args.out} belongs to another configuration ({'; '.join(wrong)}): choose another --out")
+            raise ValueError(f"{args.out} belongs to another configuration ({'; '.join(wrong)}): "
+                             "choose another --out")
         if rank == 0 and changed.keys() & {"epochs", "steps"}:
             print("notice: the length of training changed, and with it the learning rate schedule")
     if rank == 0 and os.path.exists(log):
         rows = list(csv.reader(open(log)))
         with open(log, "w", newline="") as f:
-            csv.writer(f).writerows(r for i, r in enumerate(rows) if file and (i == 0 or int(r[0]) <= file["step"]))
+            csv.writer(f).writerows(r for i, r in enumerate(rows)
+                                    if file and (i == 0 or int(r[0]) <= file["step"]))
     return file
 
 
@@ -373,7 +377,7 @@ def save_grid(path, rows, columns):
 # ---------------------------------------------------------------- evaluation and pictures
 
 def ssim(a, b):
-    """Structural similarity (Wang et al. 2004) of images in [0, 1], 11 x 11 Gaussian window, sigma 1.5: (B,)."""
+    """Structural similarity (Wang et al. 2004) of [0, 1] images, 11 x 11 Gaussian window, sigma 1.5: (B,)."""
     g = torch.exp(-(torch.arange(11, device=a.device) - 5.0) ** 2 / (2 * 1.5 ** 2))
     window = (g[:, None] * g / g.sum() ** 2).expand(3, 1, 11, 11)
     mu_a, mu_b, aa, bb, ab = (F.conv2d(x, window, groups=3) for x in (a, b, a * a, b * b, a * b))
@@ -384,7 +388,7 @@ def ssim(a, b):
 
 @torch.no_grad()
 def evaluate(model, dataset, device, rank, world, batch=64):
-    """Reconstructions from posterior means, clamped floats: mean over images of PSNR (dB) and SSIM, over all ranks."""
+    """Posterior-mean reconstructions, clamped floats: mean PSNR (dB), SSIM over the images of all ranks."""
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     part = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
     for images, _ in progress(rank, DataLoader(part, batch), desc="evaluate", leave=False):
@@ -392,7 +396,8 @@ def evaluate(model, dataset, device, rank, world, batch=64):
         fake = (model.decode(model.encode(images)[0]).float() * 0.5 + 0.5).clamp(0, 1)
         real = images * 0.5 + 0.5
         psnr = -10 * ((fake - real) ** 2).mean((1, 2, 3)).clamp(min=1e-10).log10()
-        sums += torch.stack([psnr.double().sum(), ssim(real, fake).double().sum(), torch.tensor(len(images)).to(sums)])
+        sums += torch.stack([psnr.double().sum(), ssim(real, fake).double().sum(),
+                             torch.tensor(len(images)).to(sums)])
     if world > 1:
         dist.all_reduce(sums)
     return {"psnr": (sums[0] / sums[2]).item(), "ssim": (sums[1] / sums[2]).item()}
@@ -400,8 +405,8 @@ def evaluate(model, dataset, device, rank, world, batch=64):
 
 @torch.no_grad()
 def picture(path, model, images, teacher, noise):
-    """Rows: original, reconstruction, and the first 3 principal components (as RGB; one basis, fitted on the teacher's
-    features) of the teacher's features and of those predicted from z_t at t = 1, 0.5 and 0.25."""
+    """Rows: original, reconstruction, and the first 3 principal components (as RGB; one basis, fitted on the
+    teacher's features) of the teacher's features and of those predicted from z_t at t = 1, 0.5 and 0.25."""
     z = model.encode(images)[0]
     rows = [images, model.decode(z)]
     if teacher is not None and model.config.semantic != "none":
@@ -420,10 +425,11 @@ def picture(path, model, images, teacher, noise):
 
 
 def fit_teacher(path, size, steps=400, batch=64, seed=0):
-    """--tiny's vision foundation model: a small DINOv3 fitted to the shape classes on the spot, saved with its head."""
+    """--tiny's VFM: a small DINOv3 fitted to the shape classes on the spot, saved with its head."""
     torch.manual_seed(seed)
     config = dict(version=3, width=96, depth=3, heads=3, patch=8, image_size=size, registers=1)
-    net, head, data = DINO(**config), nn.Linear(96, Shapes.num_classes), Shapes(size, steps * batch, seed=seed + 1)
+    net, head = DINO(**config), nn.Linear(96, Shapes.num_classes)
+    data = Shapes(size, steps * batch, seed=seed + 1)
     teacher, hit = Teacher(net, 8, (0.5,) * 3, (0.5,) * 3), 0
     params = list(net.requires_grad_(True).parameters()) + list(head.parameters())
     optimizer = torch.optim.AdamW(params, weight_decay=0.05)
@@ -446,7 +452,8 @@ def fit_teacher(path, size, steps=400, batch=64, seed=0):
 
 TINY = dict(  # --tiny: other defaults, nothing else
     data="shapes", image_size=32, patch_size=8, channels=16, encoder="nano", decoder="nano", semantic="nano",
-    gan_width=16, teacher="tiny", w_pixel=20.0, w_perceptual=0.0, w_gan=0.005, steps=1000, batch=64, lr=3e-3, warmup=0.1, ema=0.99, save_every=200, workers=0)
+    gan_width=16, teacher="tiny", w_pixel=20.0, w_perceptual=0.0, w_gan=0.005, steps=1000, batch=64, lr=3e-3,
+    warmup=0.1, ema=0.99, save_every=200, workers=0)
 FINETUNE = dict(  # --finetune_decoder: stage 1b
     out="out/tokenizer_ft", distill="none", gamma=0.0, mask_min=0.0, mask_max=0.0, w_kl=0.0, w_semantic=0.0,
     gan_start=0.0, epochs=100, warmup=0.05)
@@ -456,11 +463,11 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("run").add_argument
     add("--tiny", action="store_true", help="drawn shapes, a small model and teacher: minutes on a laptop")
-    add("--data", default="data/imagenet/train", help="root/class/*.jpg or a flat folder; 'shapes' draws its own")
-    add("--val", help="held-out images (default: the folder `val` beside --data; else scores are on --data itself)")
+    add("--data", default="data/imagenet/train", help="root/class/*.jpg or root/*.jpg; 'shapes' draws them")
+    add("--val", help="held-out images (default: the folder `val` beside --data, else --data itself)")
     add("--out", default="out/tokenizer", help="run folder; the same command again goes on from its last.pt")
-    add("--finetune_decoder", metavar="CKPT", help="stage 1b: train only the pixel decoder of this checkpoint")
-    add("--eval_only", metavar="CKPT", help="no training: PSNR and SSIM of this checkpoint on the held-out images")
+    add("--finetune_decoder", metavar="CKPT", help="stage 1b: train only this checkpoint's pixel decoder")
+    add("--eval_only", metavar="CKPT", help="only PSNR and SSIM of this checkpoint on the held-out images")
     add("--seed", type=int, default=0, help="of the weights, the data order and every draw")
     add = p.add_argument_group("model").add_argument
     add("--image_size", type=int, default=256, help="pixels, a multiple of the patch")
@@ -472,20 +479,20 @@ def parse(argv=None):
     add("--gan_width", type=int, default=64, help="base channels of the discriminator")
     add("--teacher", default="dinov3_vitl16", help="VFM, or several with commas: dinov3_vitl16,dinov2_vitl14")
     add("--weights", default="weights", help="folder of published files; free ones download into it")
-    add("--random_weights", action="store_true", help="random VFM and perceptual networks: timing and tests only")
+    add("--random_weights", action="store_true", help="random VFM and perceptual nets: timing and tests only")
     add = p.add_argument_group("method").add_argument
-    add("--distill", default="flow", choices=["flow", "latent", "none"], help="what the semantic decoder reads")
-    add("--target", default="all", choices=["all", "hidden"], help="patches it predicts: rec+align, or reconstruction")
-    add("--semantic_loss", default="cosine", choices=["cosine", "l1", "l2"], help="distance to the VFM's features")
-    add("--decode", default="noisy", choices=["noisy", "clean"], help="what the pixel decoder reads: z_t or z")
+    add("--distill", default="flow", choices=["flow", "latent", "none"], help="input of the semantic decoder")
+    add("--target", default="all", choices=["all", "hidden"], help="patches it predicts: rec+align, or rec")
+    add("--semantic_loss", default="cosine", choices=["cosine", "l1", "l2"], help="distance to VFM features")
+    add("--decode", default="noisy", choices=["noisy", "clean"], help="input of the pixel decoder: z_t or z")
     add("--schedule", default="shift", choices=["shift", "uniform", "lognormal"], help="distribution of t")
     add("--shift", default="auto", help="timestep shift s (auto: max(1, sqrt(N C / 4096)))")
     add("--gamma", type=float, default=1.0, help="std of the noise; 0: no flow at all")
-    add("--mask_min", type=float, default=-0.1, help="hidden share ~ max(0, U(mask_min, mask_max)): often nothing")
+    add("--mask_min", type=float, default=-0.1, help="hidden share ~ max(0, U(mask_min, mask_max)): often 0")
     add("--mask_max", type=float, default=0.4, help="0 with --mask_min 0 switches RAD off")
     add("--w_pixel", type=float, default=1.0, help="weight of the MSE in [0, 1]")
     add("--w_perceptual", type=float, default=1.0, help="of (LPIPS + 0.1 ConvNeXt) / 1.1")
-    # The authors' script says 0.5, but their loss builder does not pass it on: 0.1 is what their code runs with.
+    # The authors' script says 0.5, but their loss builder does not pass it on: their code runs with 0.1.
     add("--w_gan", type=float, default=0.1, help="of -mean D(fake); 0: no discriminator")
     add("--w_kl", type=float, default=1e-6, help="of the KL summed over tokens and channels")
     add("--w_semantic", type=float, default=1.0, help="of the distillation")
@@ -495,14 +502,14 @@ def parse(argv=None):
     add("--steps", type=int, help="the same in steps, instead of --epochs")
     add("--stop_at", type=int, help="leave after this step; the same command without it goes on")
     add("--batch", type=int, default=1024, help="global batch, whatever the number of processes")
-    add("--micro_batch", type=int, help="images a process and pass; accumulation does the rest (default: 64 or less)")
+    add("--micro_batch", type=int, help="images a process and pass; the rest accumulates (default: up to 64)")
     add("--lr", type=float, help="peak (default: 1e-4 * batch / 256; stage 1b 5e-5 * batch / 256)")
     add("--warmup", type=float, default=0.25, help="fraction of training; cosine to 0 after it")
     add("--ema", type=float, default=0.999, help="decay of the averaged weights")
-    add("--max_bad_steps", type=int, default=3, help="non-finite steps in a row that are skipped before giving up")
+    add("--max_bad_steps", type=int, default=3, help="non-finite steps in a row, skipped before giving up")
     add = p.add_argument_group("machine").add_argument
-    add("--save_every", type=int, default=5000, help="steps between last.pt and pictures; 10 x as many to a milestone")
-    add("--eval_every", type=int, default=12500, help="steps between evaluations (about 10 epochs of ImageNet)")
+    add("--save_every", type=int, default=5000, help="steps between last.pt and pictures; milestones: 10 x")
+    add("--eval_every", type=int, default=12500, help="steps between evaluations (about 10 ImageNet epochs)")
     add("--workers", type=int, help="loader processes of each process (default: its share of the cores)")
     add("--no_compile", action="store_true", help="no torch.compile (on by default on CUDA)")
     first, _ = p.parse_known_args(argv)
@@ -516,13 +523,15 @@ def resolve(args):
     """The flags with their automatic values filled in; the user's errors that need no file."""
     if "none" in (args.distill, args.semantic):
         args.distill = args.semantic = "none"
-    config = TokenizerConfig(args.image_size, args.patch_size, args.channels, args.encoder, args.decoder, args.semantic)
+    config = TokenizerConfig(args.image_size, args.patch_size, args.channels, args.encoder, args.decoder,
+                             args.semantic)
     args.shift = latent_shift(config.grid ** 2, args.channels) if args.shift == "auto" else float(args.shift)
     if args.lr is None:
         args.lr = (5e-5 if args.finetune_decoder else 1e-4) * args.batch / 256
     args.micro_batch, args.workers = micro_batch(args), workers(args)
     if not 0 <= args.mask_max < 1 or args.mask_min > args.mask_max:
-        raise ValueError(f"--mask_min {args.mask_min} --mask_max {args.mask_max}: need min <= max, and 0 <= max < 1")
+        raise ValueError(f"--mask_min {args.mask_min} --mask_max {args.mask_max}: "
+                         "need min <= max, and 0 <= max < 1")
     return args
 
 
@@ -546,7 +555,8 @@ def open_teachers(args, rank, world, device):
             fit_teacher(names[0], args.image_size)
         if world > 1:
             dist.barrier()
-    teachers = [load_teacher(name, "random" if args.random_weights else args.weights).to(device) for name in names]
+    teachers = [load_teacher(name, "random" if args.random_weights else args.weights).to(device)
+                for name in names]
     for name, teacher in zip(names, teachers):
         if teacher.stride != args.patch_size:
             raise ValueError(f"teacher {name} has a token every {teacher.stride} pixels, the tokenizer every "
@@ -560,14 +570,15 @@ def optimizer_for(model, lr):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [p for n, p in named if p.ndim == 1 or any(part in n for part in free)]
     decay = [p for n, p in named if not (p.ndim == 1 or any(part in n for part in free))]
-    return torch.optim.AdamW([{"params": plain, "weight_decay": 0.0}, {"params": decay, "weight_decay": 1e-4}],
+    return torch.optim.AdamW([dict(params=plain, weight_decay=0.0), dict(params=decay, weight_decay=1e-4)],
                              lr=lr, betas=(0.9, 0.95), fused=torch.cuda.is_available())
 
 
 # ---------------------------------------------------------------- main
 
-COLUMNS = ["step", "epoch", "lr", "loss", "pixel", "perceptual", "gan", "kl", "semantic", "d_loss", "logits_real",
-           "logits_fake", "grad_norm", "d_grad_norm", "images_per_s", "unreadable", "psnr", "ssim"]
+COLUMNS = ["step", "epoch", "lr", "loss", "pixel", "perceptual", "gan", "kl", "semantic", "d_loss",
+           "logits_real", "logits_fake", "grad_norm", "d_grad_norm", "images_per_s", "unreadable",
+           "psnr", "ssim"]
 
 
 def main(argv=None):
@@ -593,21 +604,23 @@ def main(argv=None):
 
     # networks: frozen teachers and perceptual loss; RecTok, its EMA, the discriminator
     if args.random_weights and rank == 0:
-        print("WARNING: --random_weights: the teacher and the perceptual loss mean NOTHING; for timing and tests only")
+        print("WARNING: --random_weights: the teacher and the perceptual loss mean NOTHING; "
+              "for timing and tests only")
     teachers = open_teachers(args, rank, world, device) if args.semantic != "none" else []
     perceptual_loss = PerceptualLoss("random" if args.random_weights else args.weights).to(device) \
         if args.w_perceptual else None
-    if args.finetune_decoder:                        # raw weights go on from the raw ones, the EMA from the EMA
-        shape = TokenizerConfig(**asdict(load_tokenizer(args.finetune_decoder).config) | dict(semantic="none"))
-        model, ema = (load_tokenizer(args.finetune_decoder, shape, ema=e).to(device).train() for e in (False, True))
+    if args.finetune_decoder:  # raw weights go on from the raw ones, the EMA from the EMA
+        shape = TokenizerConfig(**asdict(load_tokenizer(args.finetune_decoder).config) | {"semantic": "none"})
+        model, ema = (load_tokenizer(args.finetune_decoder, shape, ema=e).to(device).train()
+                      for e in (False, True))
         model.encoder.requires_grad_(False)
         beside = os.path.join(os.path.dirname(args.finetune_decoder), "teacher.pt")
-        if rank == 0 and os.path.exists(beside):     # a tiny run keeps its teacher: the scores of stage 2 need it
+        if rank == 0 and os.path.exists(beside):  # a tiny run keeps its teacher: stage 2's scores need it
             shutil.copy(beside, args.out)
     else:
         dims = tuple(teacher.width for teacher in teachers) or 1024
-        model = RecTok(TokenizerConfig(args.image_size, args.patch_size, args.channels, args.encoder, args.decoder,
-                                       args.semantic, dims)).to(device)
+        model = RecTok(TokenizerConfig(args.image_size, args.patch_size, args.channels, args.encoder,
+                                       args.decoder, args.semantic, dims)).to(device)
         ema = deepcopy(model)
     ema.requires_grad_(False)
     config, discriminator = model.config, PatchGAN(args.gan_width).to(device)
@@ -620,13 +633,15 @@ def main(argv=None):
         optimizer.load_state_dict(file["optimizer"])
         d_optimizer.load_state_dict(file["d_optimizer"])
     if rank == 0:
-        print(f"torch {torch.__version__}, {world} x {device.type}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
-              f" M parameters, {len(data)} images, steps {first} to {last} of {steps}, shift {args.shift:.3f}")
+        print(f"torch {torch.__version__}, {world} x {device.type}, "
+              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data)} images, "
+              f"steps {first} to {last} of {steps}, shift {args.shift:.3f}")
         with open(os.path.join(args.out, "config.json"), "w") as f:
-            json.dump({"args": vars(args), "model": asdict(config), "torch": torch.__version__, "world": world}, f, indent=1)
+            json.dump({"args": vars(args), "model": asdict(config), "torch": torch.__version__,
+                       "world": world}, f, indent=1)
     step_pass, d_net = RecTokPass(model, args), discriminator
     if device.type == "cuda" and not args.no_compile:
-        step_pass.compile()                          # the number of visible tokens becomes a dynamic dimension
+        step_pass.compile()  # the number of visible tokens becomes a dynamic dimension
     if world > 1:
         step_pass, d_net = DDP(step_pass), DDP(discriminator)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -653,7 +668,7 @@ def main(argv=None):
                 keep, eps, noise, t = draw(args, config, len(images), key(args.seed, step, rank, m), device)
                 mean, logvar, predicted, reconstruction = step_pass(images, keep, eps, noise, t)
             hidden = torch.ones(len(images), config.grid ** 2, device=device).scatter(1, keep, 0.0)
-            hidden = hidden if args.target == "hidden" else None                    # 1 = hidden from the encoder
+            hidden = hidden if args.target == "hidden" else None  # 1 = hidden from the encoder
             real, fake = images * 0.5 + 0.5, reconstruction.float() * 0.5 + 0.5
 
             pixel = F.mse_loss(fake, real)
@@ -662,8 +677,8 @@ def main(argv=None):
                 discriminator.requires_grad_(False)
                 gan = -discriminator(fake).float().mean() if gan_on else zero
             kl = kl_loss(mean, logvar).mean()
-            semantic = sum((semantic_loss(p, y, args.semantic_loss, hidden) for p, y in zip(predicted, targets)),
-                           zero) / max(1, len(targets))
+            semantic = sum((semantic_loss(p, y, args.semantic_loss, hidden)
+                            for p, y in zip(predicted, targets)), zero) / max(1, len(targets))
             loss = (args.w_pixel * pixel + args.w_perceptual * perceptual + args.w_gan * gan + args.w_kl * kl
                     + args.w_semantic * semantic)
             (loss / accumulate).backward()
@@ -672,10 +687,11 @@ def main(argv=None):
             if gan_on:
                 discriminator.requires_grad_(True)
                 with autocast():
-                    logits_real, logits_fake = d_net(real), d_net(fake.detach())   # batch statistics of their own
+                    logits_real, logits_fake = d_net(real), d_net(fake.detach())  # own batch statistics
                 d_loss = hinge_loss(logits_real, logits_fake)
                 (d_loss / accumulate).backward()
-            logs += torch.stack([loss, pixel, perceptual, gan, kl, semantic, d_loss, logits_real.float().mean(),
+            logs += torch.stack([loss, pixel, perceptual, gan, kl, semantic, d_loss,
+                                 logits_real.float().mean(),
                                  logits_fake.float().mean()]).detach() / accumulate
 
         nets = [(model, 3.0), (discriminator, 3.0)][:1 + gan_on]
@@ -704,10 +720,11 @@ def main(argv=None):
                 dist.all_reduce(logs)
             if rank == 0:
                 speed = (done - first) * args.batch / (time.time() - began)
-                values = [done, done * args.batch / len(data), lr, *(logs / world).tolist(), *(norms + [0.0])[:2],
-                          speed, int(getattr(data, "bad", 0))]
+                values = [done, done * args.batch / len(data), lr, *(logs / world).tolist(),
+                          *(norms + [0.0])[:2], speed, int(getattr(data, "bad", 0))]
                 log_row(args.out, COLUMNS, dict(zip(COLUMNS, values)) | scores)
-                bar.set_postfix(refresh=False, loss=f"{values[3]:.3f}", semantic=f"{values[8]:.3f}", mse=f"{values[4]:.4f}")
+                bar.set_postfix(refresh=False, loss=f"{values[3]:.3f}", semantic=f"{values[8]:.3f}",
+                                mse=f"{values[4]:.4f}")
         if rank == 0 and (done % args.save_every == 0 or done == last or leave):
             weights = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config),
                        "args": vars(args), "step": done}
@@ -716,7 +733,8 @@ def main(argv=None):
                 "d_optimizer": d_optimizer.state_dict()})
             if done % (10 * args.save_every) == 0 or done == steps:
                 save(os.path.join(args.out, f"step_{done}.pt"), weights)
-            picture(os.path.join(args.out, f"step_{done}.png"), ema, show, teachers[0] if teachers else None, show_noise)
+            picture(os.path.join(args.out, f"step_{done}.png"), ema, show,
+                    teachers[0] if teachers else None, show_noise)
         if leave:
             print(f"rank {rank}: stopped by a signal after step {done}; the same command goes on from there")
             break
