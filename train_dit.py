@@ -23,10 +23,12 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
 from dit import PRESETS, DiT, DiTConfig, flow_loss, latent_statistics, sample
-from tokenizer import (ImageFolder, Shapes, fingerprint, latent_shift, load_named, load_teacher,
-                       load_tokenizer, read_weights, to_float)
+from fid import Features, Moments, extract, frechet_distance, gather, inception_score, read
+from tokenizer import (fingerprint, latent_shift, load_named, load_tokenizer, read_weights, to_float,
+                       to_uint8)
 from train_tokenizer import (catch_signals, clip_and_agree, guard, key, loader, log_row, micro_batch,
                              open_data, progress, resume, sample_noise, save, save_grid, start, update_ema,
                              workers)
@@ -46,32 +48,56 @@ def draw(args, num_classes, z_shape, y, seed, device):
 
 
 @torch.no_grad()
-def generate(ema, tokenizer, stats, seed, indices, labels, device, **how):
-    """Images in [-1, 1] of the samples `indices` of classes `labels`; how: the arguments of dit.sample."""
-    noise = sample_noise(seed, indices, ema.config.grid ** 2, ema.config.channels).to(device)
-    z = sample(ema, noise, torch.as_tensor(labels, device=device), **how)
-    return tokenizer.decode(z * stats[1] + stats[0]).float().clamp(-1, 1)
+def generate(ema, tokenizer, stats, seed, indices, y, **how):
+    """Images in [-1, 1] of the samples `indices` of classes y (B,); how: the arguments of dit.sample."""
+    noise = sample_noise(seed, indices, ema.config.grid ** 2, ema.config.channels).to(y.device)
+    z = sample(ema, noise, y, **how)
+    return tokenizer.decode(z * stats[1] + stats[0])
 
 
 @torch.no_grad()
-def class_agreement(ema, tokenizer, stats, seed, path, device, num=512, **how):
-    """The share of `num` samples that the tiny teacher's class head takes for the class asked for."""
-    teacher, file = load_teacher(path).to(device), read_weights(path)
-    head = nn.Linear(teacher.width, len(file["head"]["bias"])).to(device)
-    head.load_state_dict(file["head"])
-    hits = 0
-    for first in range(0, num, 128):
-        labels = [i % ema.config.num_classes for i in range(first, min(num, first + 128))]
-        images = generate(ema, tokenizer, stats, seed, range(first, first + len(labels)), labels, device,
-                          **how)
-        hits += (head(teacher.features(images)[0]).argmax(1).cpu() == torch.tensor(labels)).sum().item()
-    return hits / num
+def evaluate(make, features, head, num, num_classes, reference, device, rank, world):
+    """Scores of `num` class-balanced samples, each process its share: FID (FD on other features) against
+    reference = (mu, sigma), IS, and with a class head the share that it takes for the class asked for."""
+    moments, logits, hits = Moments(features.width, device), [], torch.zeros((), device=device)
+    mine = range(rank, num, world)
+    parts = [mine[k:k + 64] for k in range(0, len(mine), 64)]
+    for part in progress(rank, parts, desc="evaluate", leave=False):
+        labels = torch.tensor([i % num_classes for i in part], device=device)
+        f, last = features(to_uint8(make(part, labels)))
+        moments.add(f)
+        logits += [] if last is None else [last.cpu()]
+        hits += (head(f).argmax(1) == labels).sum() if head else 0
+    if world > 1:
+        dist.all_reduce(hits)
+    mu, sigma, _ = moments.result()
+    scores = {features.score: frechet_distance(mu, sigma, *reference)}
+    if logits:
+        scores["IS"] = inception_score(gather(logits, num, world))[0]
+    return scores | ({"agreement": hits.item() / num} if head else {})
+
+
+def open_metrics(args, tokenizer_path, held_out, device):
+    """-> features, class head or None, reference statistics; nothing where there is no --reference."""
+    if args.reference is None:
+        return None, None, None
+    tiny = args.reference == "shapes"                # the tiny teacher and drawn shapes stand in
+    file = os.path.join(os.path.dirname(tokenizer_path), "teacher.pt")
+    features = Features(file if tiny else args.features, args.weights, device)
+    head, state = None, read_weights(file)["head"] if tiny else None
+    if tiny:
+        head = nn.Linear(features.width, len(state["bias"])).to(device)
+        head.load_state_dict(state)
+    source = {"images": held_out} if tiny else read(args.reference, held_out.size)
+    if "mu" not in source:
+        source["mu"], source["sigma"], *_ = extract(features, source["images"], device, workers=args.workers)
+    return features, head, (source["mu"], source["sigma"])
 
 
 # ---------------------------------------------------------------- flags
 
 TINY = dict(data="shapes", size="nano", steps=1000, batch=64, lr=1e-3, ema=0.99, workers=0, save_every=200,
-            sample_every=500, cfg=2.0, sample_steps=20)
+            sample_every=500, cfg=2.0, sample_steps=20, reference="shapes", eval_num=512)
 
 
 def parse(argv=None):
@@ -100,6 +126,11 @@ def parse(argv=None):
     add = p.add_argument_group("machine").add_argument
     add("--save_every", type=int, default=5000, help="steps between last.pt; 10 x as many to a milestone")
     add("--sample_every", type=int, default=5000, help="steps between EMA sample grids, from the same noise")
+    add("--eval_every", type=int, default=50000, help="steps between scores of EMA samples (and at the end)")
+    add("--eval_num", type=int, default=50000, help="samples of a score")
+    add("--reference", help="npz or image folder for gFID (default: no scores); 'shapes' draws its own")
+    add("--features", default="inception", help="of gFID: inception, or a teacher (then gFD)")
+    add("--weights", default="weights", help="folder of published files; free ones download into it")
     add("--cfg", type=float, default=1.0, help="guidance of those samples")
     add("--sample_steps", type=int, default=49, help="Euler steps of those samples")
     add("--workers", type=int, help="loader processes of each process (default: its share of the cores)")
@@ -114,6 +145,7 @@ def parse(argv=None):
 # ---------------------------------------------------------------- main
 
 COLUMNS = ["step", "epoch", "lr", "loss", "grad_norm", "images_per_s", "unreadable"]
+SCORES = ["FID", "FD", "IS", "agreement"]
 
 
 def main(argv=None):
@@ -126,9 +158,7 @@ def main(argv=None):
     config, mark = tokenizer.config, fingerprint(tokenizer)
     shift = latent_shift(config.grid ** 2, config.channels) if args.shift == "auto" else float(args.shift)
     how = dict(steps=args.sample_steps, shift=shift, cfg=args.cfg)
-    data = open_data(args.data, config.image_size, args.seed)[0]
-    plain = ImageFolder(args.data, config.image_size) if args.data != "shapes" else \
-        Shapes(config.image_size, 4096, args.seed + 2)
+    data, plain, held_out, _ = open_data(args.data, config.image_size, args.seed)
     steps = args.steps or math.ceil(args.epochs * len(data) / args.batch)
     last = min(steps, args.stop_at or steps)
     os.makedirs(args.out, exist_ok=True)
@@ -143,6 +173,8 @@ def main(argv=None):
     else:                                            # without flips; each rank its share of the images
         part = DataLoader(Subset(plain, range(rank, len(plain), world)), 64, num_workers=args.workers)
         stats = latent_statistics(tokenizer, progress(rank, part, desc="latent statistics"))
+
+    features, head, reference = open_metrics(args, args.tokenizer, held_out, device)
 
     # networks
     num_classes = data.num_classes
@@ -175,7 +207,11 @@ def main(argv=None):
     accumulate = args.batch // (args.micro_batch * world)
     images_of = loader(data, args, first, last, rank, world, device)
     columns = min(8, num_classes)  # the picture: one class a column, the same noise every time
-    show = [i % columns * (num_classes // columns) for i in range(8 * columns)]
+    show = torch.tensor([i % columns * (num_classes // columns) for i in range(8 * columns)], device=device)
+
+    def make(indices, y):
+        with autocast():
+            return generate(ema, tokenizer, stats, args.seed, indices, y, **how)
     stop, bar, began = catch_signals(), progress(rank, total=last, initial=first, desc="stage 2"), time.time()
 
     for step in range(first, last):
@@ -208,19 +244,25 @@ def main(argv=None):
         # below the fence: log, sample, save
         done = step + 1
         bar.update()
-        if done % 10 == 0 or done == last:
+        scores = {}
+        if features and (done % args.eval_every == 0 or done == steps):
+            scores = evaluate(make, features, head, args.eval_num, num_classes, reference, device, rank,
+                              world)
+            if rank == 0:
+                tqdm.write(", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+                           + f" (step {done}, EMA, {args.eval_num} samples, {args.sample_steps} Euler steps, "
+                           f"CFG {args.cfg}, seed {args.seed}; reference {args.reference}, {features.name})")
+        if done % 10 == 0 or scores:
             if world > 1:
                 dist.all_reduce(logs)
             if rank == 0:
                 speed = (done - first) * args.batch / (time.time() - began)
-                log_row(args.out, COLUMNS, dict(zip(COLUMNS, [
-                    done, done * args.batch / len(data), lr, logs.item() / world, norms[0], speed,
-                    int(getattr(data, "bad", 0))])))
-                bar.set_postfix(loss=f"{logs.item() / world:.4f}", refresh=False)
+                values = [done, done * args.batch / len(data), lr, logs.item() / world, norms[0], speed,
+                          int(getattr(data, "bad", 0))]
+                log_row(args.out, COLUMNS + SCORES, dict(zip(COLUMNS, values)) | scores)
+                bar.set_postfix(loss=f"{values[3]:.4f}", refresh=False)
         if rank == 0 and (done % args.sample_every == 0 or done == last):
-            with autocast():
-                images = generate(ema, tokenizer, stats, args.seed, range(len(show)), show, device, **how)
-            save_grid(os.path.join(args.out, f"step_{done}.png"), images, columns)
+            save_grid(os.path.join(args.out, f"step_{done}.png"), make(range(len(show)), show), columns)
         if rank == 0 and (done % args.save_every == 0 or done == last or leave):
             weights = {"model": model.state_dict(), "model_ema": ema.state_dict(),
                        "config": asdict(model.config), "args": vars(args), "step": done,
@@ -233,11 +275,6 @@ def main(argv=None):
             print(f"rank {rank}: stopped by a signal after step {done}; the same command goes on from there")
             break
     bar.close()
-    teacher = os.path.join(os.path.dirname(args.tokenizer), "teacher.pt")
-    if args.tiny and rank == 0 and done == steps and os.path.exists(teacher):
-        share = class_agreement(ema, tokenizer, stats, args.seed, teacher, device, **how)
-        print(f"class agreement: {100 * share:.1f} % of 512 samples (the tiny teacher's head; EMA, "
-              f"{args.sample_steps} Euler steps, CFG {args.cfg}, seed {args.seed})")
     if world > 1:
         dist.destroy_process_group()
 

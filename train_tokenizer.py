@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from fid import Features, Moments, frechet_distance, gather, inception_score
 from tokenizer import (DINO, SIZES, ImageFolder, RecTok, Shapes, Teacher, TokenizerConfig, flow, latent_shift,
                        load_named, load_teacher, load_tokenizer, random_keep, read_weights, sample_time,
                        to_float, to_uint8, weight_file)
@@ -327,8 +328,10 @@ def save(path, file):
     os.replace(path + ".tmp", path)
 
 
-MAY_DIFFER = {"epochs", "steps", "stop_at", "save_every", "eval_every", "sample_every", "workers",
-              "micro_batch", "no_compile", "max_bad_steps", "eval_num"}
+MAY_DIFFER = {  # length, logging, scores and pictures, machine: what leaves the weights of a step as they are
+    "epochs", "steps", "stop_at", "save_every", "eval_every", "eval_num", "sample_every", "sample_steps",
+    "cfg", "reference", "features", "val", "workers", "micro_batch", "grad_checkpoint", "no_compile",
+    "max_bad_steps"}
 
 
 def resume(args, rank):
@@ -386,21 +389,107 @@ def ssim(a, b):
     return map.mean((1, 2, 3))
 
 
+def share(data, rank, world, batch=64, workers=0):
+    """Batches of this process's part of a data set, in order."""
+    part = Subset(data, range(rank, len(data), world))
+    return progress(rank, DataLoader(part, batch, num_workers=workers), desc="evaluate", leave=False)
+
+
 @torch.no_grad()
-def evaluate(model, dataset, device, rank, world, batch=64):
-    """Posterior-mean reconstructions, clamped floats: mean PSNR (dB), SSIM over the images of all ranks."""
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    part = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
-    for images, _ in progress(rank, DataLoader(part, batch), desc="evaluate", leave=False):
-        images = to_float(images.to(device))
-        fake = (model.decode(model.encode(images)[0]).float() * 0.5 + 0.5).clamp(0, 1)
-        real = images * 0.5 + 0.5
+def evaluate(model, data, device, rank, world, features=None, lpips=None, workers=0):
+    """Reconstructions from posterior means, over the images of all ranks: mean PSNR (dB) and SSIM of clamped
+    floats, LPIPS, and of the rounded images rFID against the originals (rFD for other features) and IS."""
+    sums, logits = torch.zeros(4, dtype=torch.float64, device=device), []
+    moments = [Moments(features.width, device) for _ in range(2)] if features else []
+    for images, _ in share(data, rank, world, workers=workers):
+        images = images.to(device)
+        real = to_float(images) * 0.5 + 0.5
+        fake = (model.decode(model.encode(to_float(images))[0]).float() * 0.5 + 0.5).clamp(0, 1)
         psnr = -10 * ((fake - real) ** 2).mean((1, 2, 3)).clamp(min=1e-10).log10()
-        sums += torch.stack([psnr.double().sum(), ssim(real, fake).double().sum(),
-                             torch.tensor(len(images)).to(sums)])
+        distance = lpips(real * 2 - 1, fake * 2 - 1) if lpips else torch.zeros_like(psnr)
+        sums += torch.stack([psnr, ssim(real, fake), distance, torch.ones_like(psnr)]).double().sum(1)
+        for x, m in zip((images, to_uint8(fake * 2 - 1)), moments):
+            f, last = features(x)
+            m.add(f)
+        logits += [last.cpu()] if features and last is not None else []
     if world > 1:
         dist.all_reduce(sums)
-    return {"psnr": (sums[0] / sums[2]).item(), "ssim": (sums[1] / sums[2]).item()}
+    scores = dict(zip(("psnr", "ssim", "lpips"), (sums[:3] / sums[3]).tolist()))
+    if not lpips:
+        del scores["lpips"]
+    if features:
+        (mu, sigma, _), (fake_mu, fake_sigma, _) = (m.result() for m in moments)
+        scores["r" + features.score] = frechet_distance(fake_mu, fake_sigma, mu, sigma)
+    if logits:
+        scores["IS"] = inception_score(gather(logits, len(data), world))[0]
+    return scores
+
+
+PROBE_TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
+
+
+@torch.no_grad()
+def linear_probe(model, train, held_out, seed, device, rank, world, workers=0, most=100_000):
+    """Is the flow semantically rich? Accuracy of a linear classifier on token-averaged z_t, and on what the
+    semantic decoder reads from z_t, for t from data to noise: {"probe_z_1.0": share of held-out images, ...}.
+
+    The protocol is ours, not comparable with the paper's column: ridge regression on one-hot labels, solved
+    from float64 sums over at most `most` training images, so it streams and splits over processes.
+    """
+    C, decoder = model.config.channels, model.config.semantic != "none"
+    width = {"z": C} | ({"semantic": model.config.teacher_dim[0]} if decoder else {})
+    names = [(kind, t) for t in PROBE_TIMES for kind in width]
+    A, b = ({n: torch.zeros(width[n[0]] + 1, k or width[n[0]] + 1, dtype=torch.float64, device=device)
+             for n in names} for k in (None, train.num_classes))           # the sums of x x^T and of x y^T
+
+    def rows(images, first):                         # -> features with a 1 appended, (B, D + 1), by name
+        z = model.encode(to_float(images.to(device)))[0]
+        noise = sample_noise(seed, range(first, first + len(z)), z.shape[1], C).to(device)
+        for kind, t in names:
+            x = flow(z, noise, torch.full((len(z),), t, device=device))
+            if kind == "semantic":
+                x = model.predict(x)
+                x = x[0] if isinstance(x, list) else x
+            yield (kind, t), F.pad(x.double().mean(1), (0, 1), value=1.0)
+
+    train = Subset(train, range(0, len(train), math.ceil(len(train) / most)))
+    for k, (images, labels) in enumerate(share(train, rank, world, workers=workers)):
+        hot = F.one_hot(labels, b[names[0]].shape[1]).double().to(device)
+        for name, x in rows(images, rank * 10 ** 8 + k * 64):
+            A[name] += x.T @ x
+            b[name] += x.T @ hot
+    for name in names:
+        if world > 1:
+            dist.all_reduce(A[name])
+            dist.all_reduce(b[name])
+        ridge = 1e-3 * A[name].diagonal() + 1e-9     # relative to each feature's scale
+        b[name] = torch.linalg.solve(A[name] + ridge.diag(), b[name])
+    hits = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+    for k, (images, labels) in enumerate(share(held_out, rank, world, workers=workers)):
+        right = [(x @ b[name]).argmax(1).cpu() == labels
+                 for name, x in rows(images, (world + rank) * 10 ** 8 + k * 64)]
+        hits += torch.stack([*right, torch.ones_like(right[0])]).double().sum(1).to(device)
+    if world > 1:
+        dist.all_reduce(hits)
+    return {f"probe_{kind}_{t}": h for (kind, t), h in zip(names, (hits[:-1] / hits[-1]).tolist())}
+
+
+def assess(model, args, plain, held_out, name, features, lpips, device, rank, world):
+    """All scores of a tokenizer, printed with their recipe. plain: the training images without flips."""
+    scores, probed = evaluate(model, held_out, device, rank, world, features, lpips, args.workers), {}
+    if held_out.num_classes == plain.num_classes > 1:            # a flat folder has no labels to probe
+        probed = linear_probe(model, plain, held_out, args.seed, device, rank, world, args.workers)
+    if rank == 0:
+        against = f", {features.name} features, against the originals" if features else ""
+        tqdm.write(", ".join(f"{k} {v:.4f}" for k, v in scores.items())
+                   + f" ({len(held_out)} {name}; EMA, posterior means{against})")
+        if probed:
+            tqdm.write("linear probe, % right (our own protocol)" + "".join(f"{t:8.2f}" for t in PROBE_TIMES))
+        for kind, title in (("z", "on the flow z_t"), ("semantic", "on the semantic decoder's output")):
+            if f"probe_{kind}_1.0" in probed:
+                values = "".join(f"{100 * probed[f'probe_{kind}_{t}']:8.1f}" for t in PROBE_TIMES)
+                tqdm.write(f"{title:>40}{values}")
+    return scores | probed
 
 
 @torch.no_grad()
@@ -452,8 +541,8 @@ def fit_teacher(path, size, steps=400, batch=64, seed=0):
 
 TINY = dict(  # --tiny: other defaults, nothing else
     data="shapes", image_size=32, patch_size=8, channels=16, encoder="nano", decoder="nano", semantic="nano",
-    gan_width=16, teacher="tiny", w_pixel=20.0, w_perceptual=0.0, w_gan=0.005, steps=1000, batch=64, lr=3e-3,
-    warmup=0.1, ema=0.99, save_every=200, workers=0)
+    gan_width=16, teacher="tiny", features="tiny", w_pixel=20.0, w_perceptual=0.0, w_gan=0.005, steps=1000,
+    batch=64, lr=3e-3, warmup=0.1, ema=0.99, save_every=200, workers=0)
 FINETUNE = dict(  # --finetune_decoder: stage 1b
     out="out/tokenizer_ft", distill="none", gamma=0.0, mask_min=0.0, mask_max=0.0, w_kl=0.0, w_semantic=0.0,
     gan_start=0.0, epochs=100, warmup=0.05)
@@ -467,7 +556,7 @@ def parse(argv=None):
     add("--val", help="held-out images (default: the folder `val` beside --data, else --data itself)")
     add("--out", default="out/tokenizer", help="run folder; the same command again goes on from its last.pt")
     add("--finetune_decoder", metavar="CKPT", help="stage 1b: train only this checkpoint's pixel decoder")
-    add("--eval_only", metavar="CKPT", help="only PSNR and SSIM of this checkpoint on the held-out images")
+    add("--eval_only", metavar="CKPT", help="no training: the scores of this checkpoint")
     add("--seed", type=int, default=0, help="of the weights, the data order and every draw")
     add = p.add_argument_group("model").add_argument
     add("--image_size", type=int, default=256, help="pixels, a multiple of the patch")
@@ -511,6 +600,7 @@ def parse(argv=None):
     add("--save_every", type=int, default=5000, help="steps between last.pt and pictures; milestones: 10 x")
     add("--eval_every", type=int, default=12500, help="steps between evaluations (about 10 ImageNet epochs)")
     add("--workers", type=int, help="loader processes of each process (default: its share of the cores)")
+    add("--features", default="inception", help="of rFID: inception, a teacher (then rFD), or none")
     add("--no_compile", action="store_true", help="no torch.compile (on by default on CUDA)")
     first, _ = p.parse_known_args(argv)
     p.set_defaults(**(TINY if first.tiny else {}))
@@ -536,32 +626,37 @@ def resolve(args):
 
 
 def open_data(root, size, seed=0, val=None):
-    """-> training set (with flips), held-out set, and what to call the latter."""
+    """-> training images with flips, the same without, held-out images, and what to call the latter."""
     if root == "shapes":
-        return Shapes(size, 1_000_000, seed + 2), Shapes(size, 512, 1), "held-out shapes"
-    train = ImageFolder(root, size, flip=True, seed=seed)
+        return (Shapes(size, 1_000_000, seed + 2), Shapes(size, 4096, seed + 2), Shapes(size, 1024, 1),
+                "held-out shapes")
+    train, plain = (ImageFolder(root, size, flip, seed) for flip in (True, False))
     beside = os.path.join(os.path.dirname(os.path.abspath(root)), "val")
     if val or os.path.isdir(beside):
-        return train, ImageFolder(val or beside, size), f"images of {val or beside}"
-    return train, ImageFolder(root, size), "TRAINING images (no val folder)"
+        return train, plain, ImageFolder(val or beside, size), f"images of {val or beside}"
+    return train, plain, plain, "TRAINING images (no val folder)"
 
 
-def open_teachers(args, rank, world, device):
+def open_teachers(args, device):
     """The frozen VFMs, in float32 weights; bf16 arithmetic comes from autocast."""
-    names = args.teacher.split(",")
-    if args.teacher == "tiny":
-        names = [os.path.join(args.out, "teacher.pt")]
-        if rank == 0 and not os.path.exists(names[0]):
-            fit_teacher(names[0], args.image_size)
-        if world > 1:
-            dist.barrier()
-    teachers = [load_teacher(name, "random" if args.random_weights else args.weights).to(device)
-                for name in names]
+    if args.semantic == "none":
+        return []
+    names = [os.path.join(args.out, "teacher.pt")] if args.teacher == "tiny" else args.teacher.split(",")
+    weights = "random" if args.random_weights else args.weights
+    teachers = [load_teacher(name, weights).to(device) for name in names]
     for name, teacher in zip(names, teachers):
         if teacher.stride != args.patch_size:
             raise ValueError(f"teacher {name} has a token every {teacher.stride} pixels, the tokenizer every "
                              f"{args.patch_size}: their grids do not match")
     return teachers
+
+
+def open_features(args, device, folder):
+    """What rFID is measured on: Inception, a teacher, or ("tiny") the teacher.pt of `folder`; or None."""
+    if args.features == "none":
+        return None
+    name = os.path.join(folder, "teacher.pt") if args.features == "tiny" else args.features
+    return Features(name, "random" if args.random_weights else args.weights, device)
 
 
 def optimizer_for(model, lr):
@@ -577,23 +672,29 @@ def optimizer_for(model, lr):
 # ---------------------------------------------------------------- main
 
 COLUMNS = ["step", "epoch", "lr", "loss", "pixel", "perceptual", "gan", "kl", "semantic", "d_loss",
-           "logits_real", "logits_fake", "grad_norm", "d_grad_norm", "images_per_s", "unreadable",
-           "psnr", "ssim"]
+           "logits_real", "logits_fake", "grad_norm", "d_grad_norm", "images_per_s", "unreadable"]
+SCORES = ["psnr", "ssim", "lpips", "rFID", "rFD", "IS",
+          *(f"probe_{kind}_{t}" for kind in ("z", "semantic") for t in PROBE_TIMES)]
 
 
 def main(argv=None):
     args = parse(argv)
     device, rank, world = start()
     torch.manual_seed(args.seed)
+    weights = "random" if args.random_weights else args.weights
+    if args.random_weights and rank == 0:
+        print("WARNING: --random_weights: teacher, perceptual loss and scores mean NOTHING; for timing only")
 
     # data
-    data, held_out, held_out_name = open_data(args.data, args.image_size, args.seed, args.val)
+    source = args.eval_only or args.finetune_decoder
+    config = load_tokenizer(source).config if source else None
+    size = config.image_size if source else args.image_size
+    data, plain, held_out, held_out_name = open_data(args.data, size, args.seed, args.val)
     if args.eval_only:
-        model = load_tokenizer(args.eval_only).to(device)
-        scores = evaluate(model, held_out, device, rank, world)
-        if rank == 0:
-            print(f"{args.eval_only} (EMA, posterior means) on {len(held_out)} {held_out_name}: "
-                  f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f}")
+        lpips = LPIPS(weights).to(device) if args.w_perceptual else None
+        features = open_features(args, device, os.path.dirname(source))
+        assess(load_tokenizer(source).to(device), args, plain, held_out, f"{held_out_name}, {source}",
+               features, lpips, device, rank, world)
         return
     steps = args.steps or math.ceil(args.epochs * len(data) / args.batch)
     last = min(steps, args.stop_at or steps)
@@ -603,20 +704,21 @@ def main(argv=None):
         return rank == 0 and print(f"{args.out} is at step {file['step']} of {steps}: nothing to do")
 
     # networks: frozen teachers and perceptual loss; RecTok, its EMA, the discriminator
-    if args.random_weights and rank == 0:
-        print("WARNING: --random_weights: the teacher and the perceptual loss mean NOTHING; "
-              "for timing and tests only")
-    teachers = open_teachers(args, rank, world, device) if args.semantic != "none" else []
-    perceptual_loss = PerceptualLoss("random" if args.random_weights else args.weights).to(device) \
-        if args.w_perceptual else None
-    if args.finetune_decoder:  # raw weights go on from the raw ones, the EMA from the EMA
-        shape = TokenizerConfig(**asdict(load_tokenizer(args.finetune_decoder).config) | {"semantic": "none"})
-        model, ema = (load_tokenizer(args.finetune_decoder, shape, ema=e).to(device).train()
-                      for e in (False, True))
+    if args.tiny and rank == 0 and not os.path.exists(os.path.join(args.out, "teacher.pt")):
+        if source:                                   # stage 1b: the teacher of stage 1, for the scores
+            shutil.copy(os.path.join(os.path.dirname(source), "teacher.pt"), args.out)
+        elif args.teacher == "tiny":
+            fit_teacher(os.path.join(args.out, "teacher.pt"), size)
+        else:
+            shutil.copy(args.teacher.split(",")[0], os.path.join(args.out, "teacher.pt"))
+    if world > 1:
+        dist.barrier()
+    teachers, features = open_teachers(args, device), open_features(args, device, args.out)
+    perceptual_loss = PerceptualLoss(weights).to(device) if args.w_perceptual else None
+    if source:  # raw weights go on from the raw ones, the EMA from the EMA
+        shape = replace(config, semantic="none")
+        model, ema = (load_tokenizer(source, shape, ema=e).to(device).train() for e in (False, True))
         model.encoder.requires_grad_(False)
-        beside = os.path.join(os.path.dirname(args.finetune_decoder), "teacher.pt")
-        if rank == 0 and os.path.exists(beside):  # a tiny run keeps its teacher: stage 2's scores need it
-            shutil.copy(beside, args.out)
     else:
         dims = tuple(teacher.width for teacher in teachers) or 1024
         model = RecTok(TokenizerConfig(args.image_size, args.patch_size, args.channels, args.encoder,
@@ -711,10 +813,8 @@ def main(argv=None):
         bar.update()
         scores = {}
         if done % args.eval_every == 0 or done == steps:
-            scores = evaluate(ema, held_out, device, rank, world)
-            if rank == 0:
-                tqdm.write(f"step {done}: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} "
-                           f"(EMA, posterior means, {len(held_out)} {held_out_name})")
+            scores = assess(ema, args, plain, held_out, held_out_name, features,
+                            perceptual_loss.lpips if perceptual_loss else None, device, rank, world)
         if done % 10 == 0 or scores:
             if world > 1:
                 dist.all_reduce(logs)
@@ -722,7 +822,7 @@ def main(argv=None):
                 speed = (done - first) * args.batch / (time.time() - began)
                 values = [done, done * args.batch / len(data), lr, *(logs / world).tolist(),
                           *(norms + [0.0])[:2], speed, int(getattr(data, "bad", 0))]
-                log_row(args.out, COLUMNS, dict(zip(COLUMNS, values)) | scores)
+                log_row(args.out, COLUMNS + SCORES, dict(zip(COLUMNS, values)) | scores)
                 bar.set_postfix(refresh=False, loss=f"{values[3]:.3f}", semantic=f"{values[8]:.3f}",
                                 mse=f"{values[4]:.4f}")
         if rank == 0 and (done % args.save_every == 0 or done == last or leave):
