@@ -3,6 +3,7 @@
 Golden numbers: the weights are a function of each published tensor's name, so nothing large is stored; the
 literals were recorded while this code agreed with the published code to 1e-5 (relative) on these weights.
 """
+import json
 import math
 import os
 import subprocess
@@ -14,7 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+import dit as D
+import fid as M
+import sample as X
 import tokenizer as T
+import train_dit as S2
 import train_tokenizer as S1
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -79,6 +84,23 @@ def published(tmp_path_factory):
                 for i, w in enumerate(lpips.heads)}, folder / "vgg.pth")
     torch.save(fill(S1.ConvNeXt()).state_dict(), folder / "convnext_small-0c510722.pth")
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    """pt_inception-2015-12-05-6726825d.pth with named weights, under its own names."""
+    state, path = {}, str(tmp_path_factory.mktemp("inception") / M.INCEPTION)
+    for ours, w in M.InceptionV3("random").state_dict().items():
+        name = ours.replace("stem.", "").replace("mixed.", "Mixed_")
+        if name.startswith("fc."):
+            state[name] = named(name, *w.shape)
+        elif name.endswith(".weight"):
+            name = name[:-len(".weight")]
+            state[name + ".conv.weight"] = named(name + ".conv.weight", *w.shape)
+            state |= {n: named(n, len(w)) for k in ("weight", "bias", "running_mean", "running_var")
+                      for n in [f"{name}.bn.{k}"]}
+    torch.save(state, path)
+    return path
 
 
 # ---------------------------------------------------------------- golden numbers
@@ -165,6 +187,41 @@ def test_teachers_golden():
         net.load_published(dino_state(net) | {"head.weight": torch.zeros(1)})
 
 
+def small_dit(width=(96, 192), depth=(3, 2), heads=(4, 4), channels=16):
+    return D.DiT(D.DiTConfig(8, channels, width, depth, heads, 10))
+
+
+def test_dit_golden(tmp_path):
+    files = {"dit": small_dit(), "guide": small_dit((64, 192), (2, 1))}
+    for name, model in files.items():  # as the authors save them: with tables that are computed here
+        tables = {"pos_embed": torch.zeros(1, 64, 96), "enc_feat_rope.freqs_cos": torch.zeros(64, 24)}
+        torch.save({"model": {}, "model_ema": fill(model).state_dict() | tables}, tmp_path / f"{name}.pth")
+    dit, guide = (D.load_dit(str(tmp_path / f"{n}.pth"), m.config) for n, m in files.items())
+    x, t, y = noise("x", 3, 64, 16), torch.tensor([0.05, 0.5, 0.93]), torch.tensor([1, 3, 10])
+    close(dit(x, t, y), GOLDEN["velocity"])
+    close(D.sample(dit, x[:2], y[:2], 6, 2.0), GOLDEN["euler"])
+    close(D.sample(dit, x[:2], y[:2], 6, 2.0, cfg=2.0), GOLDEN["euler_cfg"])
+    close(D.sample(dit, x[:2], y[:2], 6, 2.0, cfg=1.5, guide=guide), GOLDEN["euler_autoguidance"])
+    close(D.flow_loss(dit, noise("z", 3, 64, 16), y, 2.0, x, torch.tensor([0.1, 0.5, 0.9])), GOLDEN["flow_loss"])
+    with pytest.raises(ValueError, match="no preset"):
+        D.load_dit(str(tmp_path / "dit.pth"))
+
+
+def test_metrics_golden(inception_file):
+    x = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 3, 40, 56), dtype=np.uint8))
+    model = M.InceptionV3(inception_file)
+    with torch.no_grad():
+        for name, feature in zip(("f64", "f192", "f768", "f2048"), model.features(x)):
+            close(feature, GOLDEN[name])
+    close(model(x)[1], GOLDEN["logits"])
+    a, b = noise("a", 300, 24).numpy(), 1.2 * noise("b", 350, 24).numpy() + 0.1
+    moments = [(v.mean(0, dtype=np.float64), np.cov(v.astype(np.float64), rowvar=False)) for v in (a, b, a[:15], b[:15])]
+    close(M.frechet_distance(*moments[0], *moments[1]), GOLDEN["fid"], 1e-6)
+    close(M.frechet_distance(*moments[2], *moments[3]), GOLDEN["fid_singular"], 1e-6)
+    close(torch.tensor(M.inception_score(3 * noise("l", 200, 20))), GOLDEN["is"], 1e-6)
+    close(torch.tensor(M.precision_recall(noise("a", 300, 4), 1.2 * noise("b", 350, 4))), GOLDEN["pr"], 1e-6)
+
+
 def test_schedules_golden():
     assert T.latent_shift(256, 128) == pytest.approx(math.sqrt(8)) and T.latent_shift(16, 16) == 1
     u = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0])                     # authors' noise level is 1 - t
@@ -202,6 +259,20 @@ GOLDEN = {
     "dinov2": [-0.6600999, -0.8538263, -0.7327282, 1.240358, 1.006295],
     "dinov2_cls": [1.339537, -0.0733581, -0.6897323, 0.4616515, 1.010018],
     "crop": [[26, 45, 84, 102], [36, 23, 103, 89], [99, 91, 26, 18], [135, 153, 194, 213]],
+    "velocity": [0.4634835, 1.304641, 1.832641, -0.5917304, 1.480623],
+    "euler": [-2.462883, 0.7265256, 2.716082, 0.1668278, 1.647818],
+    "euler_cfg": [-2.471891, 0.6587366, 2.816657, 0.06519488, 1.64531],
+    "euler_autoguidance": [-2.788722, 0.2785241, 6.433426, -0.4864499, 2.193898],
+    "flow_loss": [3.470793, 3.97692, 3.977197],
+    "f64": [0.04759938, 0.2096305, 0.3057519, 0.1701016, 0.420538],
+    "f192": [0.8601608, 0.3933923, 1.30679, 0.9733384, 0.6458193],
+    "f768": [0.3332154, 0.1438928, 1.008172, 0.1369218, 0.3989701],
+    "f2048": [0.0, 0.02280515, 0.1771776, 0.5561046, 0.423588],
+    "logits": [0.325866, 0.2813853, -0.2729773, -0.1651827, 0.4200981],
+    "fid": [2.704967],
+    "fid_singular": [25.84819],
+    "is": [5.073499, 0.4790747],
+    "pr": [0.88, 0.98],
 }
 
 
@@ -387,7 +458,6 @@ def test_teacher_reads_the_grid_of_the_tokenizer(tmp_path):
 
 
 def test_safetensors(tmp_path):
-    import json
     w = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1.5, -2], dtype=torch.bfloat16)}
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, t in w.items():
@@ -453,7 +523,7 @@ def test_trains_and_resumes_on_two_processes(tmp_path, tiny_teacher):
     again = run("train_tokenizer.py", *flags, world=2)
     assert again.returncode == 0 and "steps 2 to 4" in again.stdout, again.stderr
     files = sorted(os.listdir(tmp_path / "a"))
-    assert files == ["config.json", "last.pt", "log.csv", "step_2.png", "step_4.png", "step_4.pt"]
+    assert files == ["config.json", "last.pt", "log.csv", "step_2.png", "step_4.png", "step_4.pt", "teacher.pt"]
     whole = run("train_tokenizer.py", *tiny(tiny_teacher, tmp_path / "b", "--micro_batch", "2"), world=2)
     assert whole.returncode == 0, whole.stderr
     a, b = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in "ab")
@@ -472,7 +542,7 @@ def test_refuses_the_folder_of_another_configuration(tmp_path, tiny_teacher):
     "--semantic_loss l1", "--mask_max 0 --mask_min 0", "--target hidden --mask_max 0 --mask_min 0",
     "--w_gan 0"])
 def test_ablations_train(tmp_path, tiny_teacher, flags):
-    S1.main(tiny(tiny_teacher, tmp_path, "--steps", "2", *flags.split()))
+    S1.main(tiny(tiny_teacher, tmp_path, "--steps", "20", "--stop_at", "10", *flags.split()))
     file = torch.load(tmp_path / "last.pt", weights_only=True)
     assert all(w.isfinite().all() for w in file["model"].values())
     columns, *rows = [r.split(",") for r in open(tmp_path / "log.csv").read().split("\n") if r]
@@ -483,7 +553,7 @@ def test_ablations_train(tmp_path, tiny_teacher, flags):
 
 
 def test_several_teachers(tmp_path, tiny_teacher):
-    S1.main(tiny(f"{tiny_teacher},{tiny_teacher}", tmp_path, "--steps", "1"))
+    S1.main(tiny(f"{tiny_teacher},{tiny_teacher}", tmp_path, "--stop_at", "1"))
     assert T.load_tokenizer(str(tmp_path / "last.pt")).config.teacher_dim == (96, 96)
 
 
@@ -494,7 +564,8 @@ def test_decoder_finetuning(tmp_path, tiny_teacher):
     a, b = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in "ab")
     for part in ("model", "model_ema"):
         for name, w in b[part].items():
-            assert torch.equal(w, a[part][name]) == name.startswith("encoder"), name
+            if name.startswith("encoder") or name == "decoder.ffn.1.weight":
+                assert torch.equal(w, a[part][name]) == name.startswith("encoder"), name
     assert not any(n.startswith("sem_") for n in b["model"])
     assert T.load_tokenizer(str(tmp_path / "b/last.pt")).config.semantic == "none"
 
@@ -520,3 +591,278 @@ def test_bad_input_is_named_before_any_work(tmp_path, tiny_teacher):
         del os.environ["WORLD_SIZE"]
     shown = run("train_tokenizer.py", "--data", tmp_path / "nowhere")
     assert shown.returncode and "nowhere" in shown.stderr and "Traceback" not in shown.stderr
+
+
+# ---------------------------------------------------------------- stage 2 and sampling
+
+class Gaussian(torch.nn.Module):
+    """The exact velocity field of data ~ N(mean, std^2) in place of a network; counts its evaluations."""
+    config = D.DiTConfig(num_classes=10)
+
+    def __init__(self, mean=2.0, std=0.5):
+        super().__init__()
+        self.mean, self.std, self.calls = mean, std, 0
+
+    def forward(self, x, t, y):
+        self.calls += 1
+        t = t.view(-1, 1, 1)
+        var = t ** 2 * self.std ** 2 + (1 - t) ** 2
+        z = self.mean + t * self.std ** 2 / var * (x - t * self.mean)          # E[z | z_t = x]
+        return z - (1 - t) / var * (x - t * self.mean)                         # minus E[noise | z_t = x]
+
+
+def test_euler_is_first_order_and_heun_second():
+    start = noise("x", 4, 8, 3).double()
+    exact, y = 2.0 + 0.5 * start, torch.zeros(4, dtype=torch.long)  # the flow of a Gaussian is affine
+    for solver, order in (("euler", 1), ("heun", 2)):
+        errors = [(D.sample(Gaussian(), start, y, n, 1.0, solver=solver) - exact).abs().max().item() for n in (40, 80)]
+        assert abs(math.log2(errors[0] / errors[1]) - order) < 0.25, (solver, errors)
+
+
+def test_guidance_interval_and_its_cost():
+    start, y = noise("x", 2, 4, 3), torch.tensor([1, 2])
+    def run(**kw):
+        strong, weak = Gaussian(), Gaussian(mean=0.0)
+        return D.sample(strong, start, y, 8, 1.0, guide=weak, **kw), weak.calls
+    plain, calls = run(cfg=1.0)
+    assert calls == 0                                                          # w = 1: no second network
+    assert torch.equal(run(cfg=3.0, interval=(2, 3))[0], plain) and run(cfg=3.0, interval=(2, 3))[1] == 0
+    assert run(cfg=3.0)[1] == 8 and run(cfg=3.0, interval=(0.25, 0.5))[1] == 3  # t = .25 .375 .5, ends in
+    assert run(cfg=3.0)[0].mean() > plain.mean() + 1  # away from the weak model's mean
+    counted = Gaussian()
+    D.sample(counted, start, y, 10, 1.0, cfg=2.0)
+    assert counted.calls == 20  # CFG: the null class, once a step
+    for wrong in (dict(cfg=0.5), dict(cfg=math.inf), dict(steps=0), dict(solver="rk4")):
+        with pytest.raises(ValueError):
+            D.sample(counted, start, y, **(dict(steps=2, shift=1.0) | wrong))
+
+
+def test_dit_starts_at_zero_and_learns_two_latents():
+    torch.manual_seed(0)
+    model, z, y = D.DiT(D.DiTConfig(2, 4, (32, 64), (1, 1), (2, 2), 2)), noise("z", 2, 4, 4), torch.tensor([0, 1])
+    assert model(z, torch.rand(2), y).abs().max() == 0
+    assert abs(D.flow_loss(model, z, y, 1.0, torch.zeros_like(z)).mean() - z.square().mean()) < 1e-6
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for _ in range(400):
+        loss = D.flow_loss(model, z.repeat(16, 1, 1), y.repeat(16), 1.0).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (D.sample(model, noise("n", 2, 4, 4), y, 40, 1.0) - z).square().mean() < 0.1
+
+
+def test_dit_sizes():
+    with torch.device("meta"):
+        xl = D.DiT(D.DiTConfig(**D.PRESETS["XL"]))
+    count = sum(p.numel() for p in xl.parameters()) + xl.positions.numel()     # published with the fixed table
+    assert abs(count / 1e6 - 835.3) < 0.05
+    state = small_dit().state_dict()
+    assert not any("rope" in n or "positions" in n for n in state)             # tables are not saved
+    checkpointed = fill(small_dit())
+    x, t, y = noise("x", 2, 64, 16), torch.rand(2), torch.tensor([0, 1])
+    want = checkpointed(x, t, y)
+    checkpointed.grad_checkpoint = True
+    assert torch.allclose(checkpointed(x, t, y), want)
+
+
+def test_dit_schedule_and_draws():
+    epochs, published = [0, 39.9, 40, 100.5, 400, 799, 800, 900], [
+        2e-4, 2e-4, 2e-4, 1.8567105e-04, 1.1473684e-04, 2.0236842e-05, 2e-5, 2e-5]
+    assert np.allclose([S2.lr_at(e / 800, 2e-4) for e in epochs], published, rtol=1e-6)
+    args, y = S2.parse(["--tiny"]), torch.zeros(4000, dtype=torch.long)
+    a, b = (S2.draw(args, 8, (4000, 2, 2), y, 3, "cpu") for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(a, b))
+    assert abs((a[3] == 8).float().mean() - 0.1) < 0.02 and set(a[3].tolist()) == {0, 8}
+
+
+def test_latent_statistics():
+    class Encoder(torch.nn.Module):
+        config = T.TokenizerConfig(32, 8, 3)
+        def parameters(self):
+            yield torch.zeros(1)
+        def encode(self, x):
+            return T.gather_tokens(x.flatten(2).transpose(1, 2), torch.arange(16).expand(len(x), -1)), None
+    images = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
+    mean, std = D.latent_statistics(Encoder(), [(images[:7], 0), (images[7:], 0)])
+    z = Encoder().encode(T.to_float(images))[0].flatten(0, 1)
+    assert torch.allclose(mean, z.mean(0), atol=1e-6) and torch.allclose(std, z.std(0, correction=0), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, tiny_teacher):
+    """A folder with a tokenizer and a DiT of a few steps, made by the real commands."""
+    folder = tmp_path_factory.mktemp("chain")
+    S1.main(tiny(tiny_teacher, folder / "tok", "--stop_at", "2"))
+    S2.main(["--tiny", "--tokenizer", str(folder / "tok/last.pt"), "--out", str(folder / "dit"), "--batch", "8",
+             "--steps", "3", "--eval_num", "128", "--sample_steps", "2"])
+    return folder
+
+
+def test_stage_two_trains_resumes_and_guards_its_tokenizer(chain, tmp_path, tiny_teacher):
+    flags = ["--tiny", "--tokenizer", str(chain / "tok/last.pt"), "--out", str(tmp_path / "a"), "--batch", "8",
+             "--steps", "3", "--eval_num", "128", "--sample_steps", "2", "--micro_batch", "4"]
+    S2.main([*flags, "--stop_at", "2"])
+    S2.main(flags)
+    S2.main([*flags[:4], str(tmp_path / "b"), *flags[5:]])
+    a, b = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in "ab")
+    assert all(torch.equal(a[p][n], b[p][n]) for p in ("model", "model_ema") for n in a[p])
+    assert a["fingerprint"] == T.fingerprint(T.load_tokenizer(str(chain / "tok/last.pt")))
+    rows = (tmp_path / "a/log.csv").read_text().split("\n")
+    assert "agreement" in rows[0] and rows[1].startswith("3,") and float(rows[1].split(",")[-1]) <= 1
+    S1.main(tiny(tiny_teacher, tmp_path / "other", "--stop_at", "1", "--seed", "5"))
+    os.replace(tmp_path / "other/last.pt", chain / "tok/other.pt")
+    with pytest.raises(ValueError, match="another configuration.*tokenizer"):
+        S2.main([*flags[:2], str(chain / "tok/other.pt"), *flags[3:], "--steps", "5"])
+    with pytest.raises(ValueError, match="is not what"):
+        X.main(["--dit", str(tmp_path / "a/last.pt"), "--tokenizer", str(chain / "tok/other.pt")])
+
+
+def test_samples_depend_on_seed_and_index_alone(chain, tmp_path):
+    def save(name, *flags, world=0):
+        done = run("sample.py", "--dit", chain / "dit/last.pt", "--steps", 2, "--num_samples", 210, "--cfg", 1.5, "--save",
+                   tmp_path / name, *flags, world=world)
+        assert done.returncode == 0 and "recipe: " in done.stdout, done.stderr
+        with np.load(tmp_path / name) as file:
+            return file["arr_0"], file["labels"]
+    images, labels = save("one.npz")
+    assert images.shape == (210, 32, 32, 3) and images.dtype == np.uint8 and labels[:10].tolist() == [*range(8), 0, 1]
+    again, _ = save("two.npz", "--batch", 7, world=2)
+    assert np.abs(images.astype(int) - again).max() <= 1                       # rounding of float32 sums
+    os.makedirs(tmp_path / "part.npz.parts")  # an interrupted run: chunk 1 is there
+    np.save(tmp_path / "part.npz.parts/000100.npy", np.zeros((100, 32, 32, 3), np.uint8))
+    taken, _ = save("part.npz")
+    assert (taken[100:200] == 0).all() and np.array_equal(taken[:100], images[:100])
+    other = run("sample.py", "--dit", chain / "dit/last.pt", "--steps", 2, "--num", 20, "--save", tmp_path / "png")
+    assert other.returncode == 0 and len(list((tmp_path / "png").glob("*.png"))) == 20, other.stderr
+    clash = run("sample.py", "--dit", chain / "dit/last.pt", "--steps", 3, "--num", 20, "--save", tmp_path / "png")
+    assert clash.returncode and "another recipe" in clash.stderr
+
+
+def test_pictures(chain, tmp_path):
+    for flags in (["--classes", "1", "5", "--num", "6"], ["--trajectory", "--steps", "9"], ["--solver", "heun"],
+                  ["--guide", str(chain / "dit/last.pt"), "--cfg", "1.3", "--interval", "0.1", "0.9"]):
+        X.main(["--dit", str(chain / "dit/last.pt"), "--steps", "2", "--out", str(tmp_path / "x.png"), *flags])
+        width, height = Image.open(tmp_path / "x.png").size
+        assert (width, height) == {"--classes": (196, 294), "--trajectory": (784, 784)}.get(flags[0], (784, 392))
+
+
+def test_sampling_reads_the_authors_files(chain, tmp_path):
+    dit = D.DiT(D.DiTConfig(4, 16, (384, 2048), (1, 1), (6, 16), 8))  # the widths of a preset, fewer blocks
+    torch.save({"model_ema": dit.state_dict() | {"pos_embed": torch.zeros(1, 16, 384)}}, tmp_path / "theirs.pth")
+    for i in range(4):
+        Image.fromarray(T.Shapes(32, 4)[i][0].permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    flags = ["--dit", str(tmp_path / "theirs.pth"), "--tokenizer", str(chain / "tok/last.pt"), "--steps", "2",
+             "--num", "2", "--out", str(tmp_path / "a/x.png")]
+    os.makedirs(tmp_path / "a")
+    with pytest.raises(ValueError, match="no latent statistics.*--stats"):
+        X.main(flags)
+    X.main([*flags, "--stats", str(tmp_path / "stats.npz"), "--data", str(tmp_path)])  # computed, and kept
+    with np.load(tmp_path / "stats.npz") as file:
+        assert file["mean"].shape == file["std"].shape == (16,)
+    X.main([*flags, "--stats", str(tmp_path / "stats.npz")])
+
+
+def test_bad_sampling_input_is_named(chain, tmp_path):
+    dit = str(chain / "dit/last.pt")
+    torch.save({"model_ema": small_dit().state_dict(), "config": vars(small_dit().config)}, tmp_path / "guide.pt")
+    for flags, says in ((["--classes", "8"], "classes 0 to 7"), (["--steps", "0"], "--steps >= 1"),
+                        (["--cfg", "0.9"], "--cfg >= 1"), (["--cfg", "inf"], "finite --cfg"),
+                        (["--guide", str(tmp_path / "guide.pt")], "latents of another shape"),
+                        (["--interval", "0.9", "0.1"], "--interval"), (["--out", "/nowhere/x.png"], "cannot write"),
+                        (["--tokenizer", dit], "no RecTok tokenizer")):
+        with pytest.raises(ValueError, match=says):
+            X.main(["--dit", dit, *flags])
+
+
+# ---------------------------------------------------------------- metrics
+
+def test_frechet_closed_forms():
+    rng = np.random.RandomState(0)
+    eye, mu = np.eye(5), rng.randn(5)
+    assert M.frechet_distance(mu, eye, mu + 2, eye) == pytest.approx(20)  # equal covariances: |dmu|^2
+    a, b = rng.rand(5) + 0.1, rng.rand(5) + 0.1
+    assert M.frechet_distance(mu, np.diag(a), mu, np.diag(b)) == pytest.approx(((a ** 0.5 - b ** 0.5) ** 2).sum())
+    x, y = rng.randn(5, 5), rng.randn(5, 5)
+    s, t = x @ x.T, y @ y.T
+    assert abs(M.frechet_distance(mu, s, mu, s)) < 1e-6
+    assert M.frechet_distance(mu, s, 2 * mu, t) == pytest.approx(M.frechet_distance(2 * mu, t, mu, s))
+    with pytest.raises(ValueError, match="5 features against statistics of 4"):
+        M.frechet_distance(mu, s, mu[:4], s[:4, :4])
+    with pytest.raises(ValueError, match="non-finite"):
+        M.frechet_distance(mu * np.nan, s, mu, s)
+
+
+def test_moments_equal_numpy():
+    x, m = noise("x", 50, 6), M.Moments(6)
+    for part in x.split(7):
+        m.add(part)
+    mu, sigma, n = m.result()
+    assert n == 50 and np.allclose(mu, x.double().mean(0)) and np.allclose(sigma, np.cov(x.double().numpy(), rowvar=False))
+    with pytest.raises(ValueError, match="non-finite"):
+        m.add(torch.full((1, 6), float("nan")))
+        m.result()
+
+
+def test_tf1_resize_has_no_half_pixel_offset():
+    ramp = torch.arange(4.0).expand(1, 1, 2, 4)
+    assert torch.allclose(M.tf1_resize(ramp, 8)[0, 0, 0], torch.tensor([0, 0.5, 1, 1.5, 2, 2.5, 3, 3]))
+
+
+def test_fid_command(tmp_path, tiny_teacher):
+    rng = np.random.RandomState(0)
+    clean = torch.stack([T.Shapes(32, 120)[i][0] for i in range(120)]).permute(0, 2, 3, 1).numpy()
+    noisy = [np.clip(clean + rng.randn(*clean.shape) * s, 0, 255).astype(np.uint8) for s in (5, 20, 60)]
+    np.savez(tmp_path / "clean.npz", arr_0=clean)
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(clean):
+        Image.fromarray(image).save(tmp_path / f"folder/{i:03d}.png")
+    flags = ["--features", tiny_teacher, "--batch", "16", "--json"]
+    done = run("fid.py", "--save_stats", tmp_path / "ref.npz", tmp_path / "folder", "--image_size", 32, *flags)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "ref.npz") as file:
+        assert int(file["n"]) == 120 and int(file["image_size"]) == 32 and file["mu"].shape == (96,)
+    scores = []
+    for k, images in enumerate([clean, *noisy]):
+        np.savez(tmp_path / f"{k}.npz", arr_0=images)
+        done = run("fid.py", tmp_path / f"{k}.npz", tmp_path / "ref.npz", *flags, world=2 if k == 1 else 0)
+        assert done.returncode == 0, done.stderr
+        scores.append(json.loads(done.stdout)["FD"])
+    assert abs(scores[0]) < 1e-6 and scores[0] < scores[1] < scores[2] < scores[3]  # more noise, more distance
+    one = run("fid.py", tmp_path / "1.npz", tmp_path / "ref.npz", "--features", tiny_teacher, "--batch", 50)
+    assert f"{scores[1]:.4f}" in one.stdout and "n_reference  120" in one.stdout  # any batch, any processes
+    both = run("fid.py", tmp_path / "0.npz", tmp_path / "folder", *flags)
+    assert {"precision": 1.0, "recall": 1.0}.items() <= json.loads(both.stdout).items(), both.stderr
+
+
+def test_bad_metric_input_is_named(tmp_path, tiny_teacher, published):
+    good = np.zeros((4, 8, 8, 3), np.uint8)
+    for name, arrays, says in (
+            ("empty", dict(x=good), "neither images"), ("float", dict(arr_0=good / 255), "uint8"),
+            ("chw", dict(arr_0=good.transpose(0, 3, 1, 2)), r"\(N, H, W, 3\)"), ("good", dict(arr_0=good), None),
+            ("one", dict(arr_0=good[:1]), "2 are needed"), ("wide", dict(mu=np.zeros(3), sigma=np.eye(3)), "3 .*features")):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        if says:
+            with pytest.raises(ValueError, match=says):
+                M.main([str(tmp_path / f"{name}.npz"), str(tmp_path / f"{name}.npz"), "--features", tiny_teacher])
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(ValueError, match="text.npz"):
+        M.read(str(tmp_path / "text.npz"))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        M.read(str(tmp_path / "gone.npz"))
+    with pytest.raises(ValueError, match="not the Inception of FID"):
+        M.InceptionV3(os.path.join(published, "convnext_small-0c510722.pth"))
+    with pytest.raises(ValueError, match="uint8 images"):
+        M.InceptionV3("random")(torch.zeros(1, 3, 8, 8))
+
+
+def test_linear_probe_sees_what_is_there(tiny_teacher):
+    class Tokenizer:                                 # its latent holds the class, and nothing else
+        config = T.TokenizerConfig(32, 8, 8, semantic="none")
+        def encode(self, images):
+            labels = images[:, 0, 0, 0].add(1).mul(127.5).round().long()
+            return 20 * torch.nn.functional.one_hot(labels, 8).float()[:, None].expand(-1, 16, -1), None
+    data = [(torch.full((3, 32, 32), i % 8, dtype=torch.uint8), i % 8) for i in range(256)]
+    class Data(list):
+        num_classes = 8
+    scores = S1.linear_probe(Tokenizer(), Data(data), Data(data), 0, "cpu", 0, 1)
+    assert scores["probe_z_1.0"] == 1 and scores["probe_z_0.5"] == 1 and scores["probe_z_0.0"] < 0.3

@@ -96,7 +96,7 @@ def open_metrics(args, tokenizer_path, held_out, device):
 
 # ---------------------------------------------------------------- flags
 
-TINY = dict(data="shapes", size="nano", steps=1000, batch=64, lr=1e-3, ema=0.99, workers=0, save_every=200,
+TINY = dict(data="shapes", size="nano", steps=600, batch=64, lr=1e-3, ema=0.99, workers=0, save_every=200,
             sample_every=500, cfg=2.0, sample_steps=20, reference="shapes", eval_num=512)
 
 

@@ -316,7 +316,9 @@ def guard(norms, bad, args, step, rank, terms):
 
 
 def update_ema(ema, model, decay):
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    """ema <- decay ema + (1 - decay) model, for the weights that train (stage 1b must keep the EMA encoder)."""
+    pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    torch._foreach_lerp_([e for e, _ in pairs], [p for _, p in pairs], 1 - decay)
 
 
 def save(path, file):
@@ -373,7 +375,7 @@ def save_grid(path, rows, columns):
         rows = to_uint8(rows)
     zoom = max(1, 96 // rows.shape[-1])
     rows = rows.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    rows = F.pad(rows, (1, 1, 1, 1), value=255).unflatten(0, (-1, columns))            # (R, columns, 3, H, W)
+    rows = F.pad(rows, (1, 1, 1, 1, 0, 0, 0, -len(rows) % columns), value=255).unflatten(0, (-1, columns))            # (R, columns, 3, H, W)
     Image.fromarray(rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()).save(path)
 
 
@@ -513,7 +515,7 @@ def picture(path, model, images, teacher, noise):
     save_grid(path, torch.cat([row.float() for row in rows]), len(images))
 
 
-def fit_teacher(path, size, steps=400, batch=64, seed=0):
+def fit_teacher(path, size, steps=250, batch=64, seed=0):
     """--tiny's VFM: a small DINOv3 fitted to the shape classes on the spot, saved with its head."""
     torch.manual_seed(seed)
     config = dict(version=3, width=96, depth=3, heads=3, patch=8, image_size=size, registers=1)
