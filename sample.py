@@ -28,14 +28,15 @@ CHUNK = 100          # samples a file of an unfinished --save: what an interrupt
 
 
 def parse(argv=None):
-    # --num_samples: a newer torchrun takes --num for an abbreviation of its own --numa-binding, and refuses it.
+    # --num_samples: a newer torchrun takes --num as short for its own --numa-binding, and refuses it.
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--dit", default="out/dit/last.pt", help="checkpoint of stage 2, or the authors' ditdh*.pth")
     add("--tokenizer", help="checkpoint of stage 1 or 1b (default: the one the DiT was trained with)")
     add("--guide", help="a smaller, less trained DiT: AutoGuidance instead of the null class")
     add("--classes", type=int, nargs="+", help="classes, one a column (default: 8 of them; all for --save)")
-    add("--num", "--num_samples", type=int, help="number of samples; sample i has class classes[i %% len(classes)]")
+    add("--num", "--num_samples", type=int,
+        help="number of samples; sample i has class classes[i %% len(classes)]")
     add("--cfg", type=float, default=1.0, help="guidance w >= 1 in v = v_weak + w (v - v_weak); 1: none")
     add("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="guided range of t")
     add("--steps", type=int, default=49, help="grid intervals (the authors' 50 points are 49, 150 are 149)")
@@ -187,5 +188,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

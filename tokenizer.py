@@ -65,7 +65,7 @@ class ImageFolder:
             raise ValueError(f"folder {root!r} holds no image (extensions {', '.join(self.EXTENSIONS)})")
         self.paths = np.array([os.fsencode(p) for p in paths])  # one buffer: forked loaders do not copy it
         self.labels, self.num_classes = np.array(labels), len(self.classes)
-        self.bad = torch.zeros(1, dtype=torch.long).share_memory_()
+        self.bad, self.named = torch.zeros(1, dtype=torch.long).share_memory_(), set()
 
     def __len__(self):
         return len(self.paths)
@@ -82,8 +82,10 @@ class ImageFolder:
                     image = center_crop(image, self.size) if self.size else image
                 break
             except Exception as error:                           # PIL raises many kinds on hostile files
-                self.bad += 1
-                warnings.warn(f"skipped unreadable image {path!r} ({type(error).__name__}: {error})")
+                self.bad += j == 0
+                if path not in self.named:
+                    warnings.warn(f"skipped unreadable image {path!r} ({type(error).__name__}: {error})")
+                self.named.add(path)
         else:
             raise ValueError(f"100 unreadable images in a row in {self.root!r}, the last one {path!r}")
         pixels = np.asarray(image)

@@ -2,7 +2,7 @@
 
     python train_dit.py --tiny  # after train_tokenizer.py --tiny; minutes on a laptop
     torchrun --nproc_per_node=8 train_dit.py --data data/imagenet/train --tokenizer out/tokenizer/last.pt
-    torchrun --nproc_per_node=8 train_dit.py ... --size S --stop_at 37530 --out out/dit_s  # guide: 30 epochs
+    torchrun --nproc_per_node=8 train_dit.py ... --size S --stop_at 37535 --out out/dit_s  # guide: 30 epochs
 
 Latents are encoded on the fly, as published: posterior samples of flipped images, normalised by the channel
 statistics of the posterior means. Running the same command again goes on from --out/last.pt. Published
@@ -96,7 +96,7 @@ def open_metrics(args, tokenizer_path, held_out, device):
 
 # ---------------------------------------------------------------- flags
 
-TINY = dict(data="shapes", size="nano", steps=600, batch=64, lr=1e-3, ema=0.99, workers=0, save_every=200,
+TINY = dict(data="shapes", size="nano", steps=900, batch=64, lr=1e-3, ema=0.99, workers=0, save_every=200,
             sample_every=500, cfg=2.0, sample_steps=20, reference="shapes", eval_num=512)
 
 
@@ -263,7 +263,7 @@ def main(argv=None):
                 bar.set_postfix(loss=f"{values[3]:.4f}", refresh=False)
         if rank == 0 and (done % args.sample_every == 0 or done == last):
             save_grid(os.path.join(args.out, f"step_{done}.png"), make(range(len(show)), show), columns)
-        if rank == 0 and (done % args.save_every == 0 or done == last or leave):
+        if rank == 0 and (done % args.save_every == 0 and not bad or done == last or leave):
             weights = {"model": model.state_dict(), "model_ema": ema.state_dict(),
                        "config": asdict(model.config), "args": vars(args), "step": done,
                        "latent_mean": stats[0].cpu(), "latent_std": stats[1].cpu(),
@@ -282,5 +282,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

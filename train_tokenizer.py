@@ -8,6 +8,7 @@
 Running the same command again goes on from --out/last.pt. The same script runs with and without torchrun.
 """
 import argparse
+import contextlib
 import csv
 import functools
 import json
@@ -307,6 +308,7 @@ def guard(norms, bad, args, step, rank, terms):
     """0 for a finite step; else the count of bad ones in a row (touch no weight), or FloatingPointError."""
     if np.isfinite(norms).all():
         return 0
+    terms = ", ".join(f"{k} {float(v):.4g}" for k, v in terms.items())
     if rank == 0:
         tqdm.write(f"step {step}: non-finite gradient, skipped; {terms}")
     if bad + 1 >= args.max_bad_steps:
@@ -323,11 +325,16 @@ def update_ema(ema, model, decay):
 
 def save(path, file):
     """Atomic: a temporary name, flushed to disk, renamed; a kill any time leaves the old file or the new."""
-    with open(path + ".tmp", "wb") as f:
-        torch.save(file, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb") as f:
+            torch.save(file, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:         # a full disk, say; torch reports some of them its own way
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise OSError(f"could not write {path} ({error}); the file of that name is still the one before") from error
 
 
 MAY_DIFFER = {  # length, logging, scores and pictures, machine: what leaves the weights of a step as they are
@@ -827,7 +834,7 @@ def main(argv=None):
                 log_row(args.out, COLUMNS + SCORES, dict(zip(COLUMNS, values)) | scores)
                 bar.set_postfix(refresh=False, loss=f"{values[3]:.3f}", semantic=f"{values[8]:.3f}",
                                 mse=f"{values[4]:.4f}")
-        if rank == 0 and (done % args.save_every == 0 or done == last or leave):
+        if rank == 0 and (done % args.save_every == 0 and not bad or done == last or leave):
             weights = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config),
                        "args": vars(args), "step": done}
             save(os.path.join(args.out, "last.pt"), weights | {
@@ -848,5 +855,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
