@@ -201,7 +201,7 @@ def main(argv=None):
     if device.type == "cuda" and not args.no_compile:
         net.compile()
     if world > 1:
-        net = DDP(net)
+        net = DDP(net, broadcast_buffers=False)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     accumulate = args.batch // (args.micro_batch * world)

@@ -318,7 +318,7 @@ def guard(norms, bad, args, step, rank, terms):
 
 
 def update_ema(ema, model, decay):
-    """ema <- decay ema + (1 - decay) model, for the weights that train (stage 1b must keep the EMA encoder)."""
+    """ema <- decay ema + (1 - decay) model, for weights that train (stage 1b must keep the EMA encoder)."""
     pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
     torch._foreach_lerp_([e for e, _ in pairs], [p for _, p in pairs], 1 - decay)
 
@@ -331,10 +331,10 @@ def save(path, file):
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:         # a full disk, say; torch reports some of them its own way
+    except (OSError, RuntimeError) as error:         # a full disk, say
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
-        raise OSError(f"could not write {path} ({error}); the file of that name is still the one before") from error
+        raise OSError(f"could not write {path} ({error}); the file before it is still there") from error
 
 
 MAY_DIFFER = {  # length, logging, scores and pictures, machine: what leaves the weights of a step as they are
@@ -382,7 +382,8 @@ def save_grid(path, rows, columns):
         rows = to_uint8(rows)
     zoom = max(1, 96 // rows.shape[-1])
     rows = rows.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    rows = F.pad(rows, (1, 1, 1, 1, 0, 0, 0, -len(rows) % columns), value=255).unflatten(0, (-1, columns))            # (R, columns, 3, H, W)
+    rows = F.pad(rows, (1, 1, 1, 1, 0, 0, 0, -len(rows) % columns), value=255)         # white where none is left
+    rows = rows.unflatten(0, (-1, columns))                                            # (R, columns, 3, H, W)
     Image.fromarray(rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()).save(path)
 
 
@@ -754,7 +755,7 @@ def main(argv=None):
     if device.type == "cuda" and not args.no_compile:
         step_pass.compile()  # the number of visible tokens becomes a dynamic dimension
     if world > 1:
-        step_pass, d_net = DDP(step_pass), DDP(discriminator)
+        step_pass, d_net = (DDP(net, broadcast_buffers=False) for net in (step_pass, discriminator))
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     accumulate = args.batch // (args.micro_batch * world)
