@@ -909,7 +909,7 @@ def same_state(a, b, parts=("model", "model_ema", "discriminator", "optimizer", 
 
 def log_rows(path):
     columns, *rows = [line.split(",") for line in path.read_text().split()]
-    keep = [i for i, c in enumerate(columns) if c != "images_per_s"]  # the only one that measures time
+    keep = [i for i, c in enumerate(columns) if c not in ("images_per_s", "mfu", "memory_gb")]  # of the clock
     return [[row[i] for i in keep] for row in rows]
 
 

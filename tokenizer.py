@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -278,7 +279,7 @@ def read_weights(path):
             return {name: torch.frombuffer(data, dtype=types[t["dtype"]], count=math.prod(t["shape"]),
                                            offset=t["data_offsets"][0]).view(t["shape"])
                     for name, t in header.items()}
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         why = str(error).strip().splitlines()[-1 if len(str(error)) < 200 else 0]
         raise ValueError(f"{path!r} holds more than tensors (code?) or none and is refused: {why}") from error

@@ -29,9 +29,9 @@ from dit import PRESETS, DiT, DiTConfig, flow_loss, latent_statistics, sample
 from fid import Features, Moments, extract, frechet_distance, gather, inception_score, read
 from tokenizer import (fingerprint, latent_shift, load_named, load_tokenizer, read_weights, to_float,
                        to_uint8)
-from train_tokenizer import (catch_signals, clip_and_agree, guard, key, loader, log_row, micro_batch,
-                             open_data, progress, resume, sample_noise, save, save_grid, start, update_ema,
-                             workers)
+from train_tokenizer import (catch_signals, clip_and_agree, flops, guard, key, loader, log_row, matmul_rate,
+                             micro_batch, open_data, progress, resume, sample_noise, save, save_grid,
+                             speed_row, start, update_ema, workers)
 
 
 def lr_at(progress, peak, final=0.1, flat=0.05):
@@ -144,7 +144,7 @@ def parse(argv=None):
 
 # ---------------------------------------------------------------- main
 
-COLUMNS = ["step", "epoch", "lr", "loss", "grad_norm", "images_per_s", "unreadable"]
+COLUMNS = ["step", "epoch", "lr", "loss", "grad_norm", "unreadable", "images_per_s", "mfu", "memory_gb"]
 SCORES = ["FID", "FD", "IS", "agreement"]
 
 
@@ -168,6 +168,8 @@ def main(argv=None):
                          f"(fingerprint {file['fingerprint'][:8]}, now {mark[:8]})")
     if file and file["step"] >= last:
         return rank == 0 and print(f"{args.out} is at step {file['step']} of {steps}: nothing to do")
+    first, bad = file["step"] if file else 0, 0
+    images_of = loader(data, args, first, last, rank, world, device)  # forks while the process is small
     if file:
         stats = file["latent_mean"].to(device), file["latent_std"].to(device)
     else:                                            # without flips; each rank its share of the images
@@ -184,12 +186,11 @@ def main(argv=None):
     ema = deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=device.type == "cuda")
-    first, bad = 0, 0
     if file:
-        first = file["step"]
         load_named(model, file["model"], args.out)
         load_named(ema, file["model_ema"], args.out)
         optimizer.load_state_dict(file["optimizer"])
+        file = None
     if rank == 0:
         print(f"torch {torch.__version__}, {world} x {device.type}, "
               f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data)} images of "
@@ -197,7 +198,10 @@ def main(argv=None):
         with open(os.path.join(args.out, "config.json"), "w") as f:
             json.dump({"args": vars(args), "model": asdict(model.config), "torch": torch.__version__,
                        "world": world}, f, indent=1)
-    net = model
+    x = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
+    z, one = torch.zeros(1, config.grid ** 2, config.channels, device=device), torch.zeros(1, device=device)
+    per_image = 3 * flops(model, z, one, one.long()) + flops(tokenizer.encode, x)  # FLOPs, backward included
+    rate, net = matmul_rate(device), model
     if device.type == "cuda" and not args.no_compile:
         net.compile()
     if world > 1:
@@ -205,7 +209,6 @@ def main(argv=None):
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     accumulate = args.batch // (args.micro_batch * world)
-    images_of = loader(data, args, first, last, rank, world, device)
     columns = min(8, num_classes)  # the picture: one class a column, the same noise every time
     show = torch.tensor([i % columns * (num_classes // columns) for i in range(8 * columns)], device=device)
 
@@ -256,10 +259,10 @@ def main(argv=None):
             if world > 1:
                 dist.all_reduce(logs)
             if rank == 0:
-                speed = (done - first) * args.batch / (time.time() - began)
-                values = [done, done * args.batch / len(data), lr, logs.item() / world, norms[0], speed,
+                values = [done, done * args.batch / len(data), lr, logs.item() / world, norms[0],
                           int(getattr(data, "bad", 0))]
-                log_row(args.out, COLUMNS + SCORES, dict(zip(COLUMNS, values)) | scores)
+                speed = speed_row(began, (done - first) * args.batch, per_image, rate, world, device)
+                log_row(args.out, COLUMNS + SCORES, dict(zip(COLUMNS, values)) | speed | scores)
                 bar.set_postfix(loss=f"{values[3]:.4f}", refresh=False)
         if rank == 0 and (done % args.sample_every == 0 or done == last):
             save_grid(os.path.join(args.out, f"step_{done}.png"), make(range(len(show)), show), columns)

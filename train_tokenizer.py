@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from fid import Features, Moments, frechet_distance, gather, inception_score
@@ -362,6 +364,34 @@ def resume(args, rank):
     return file
 
 
+@torch.no_grad()
+def flops(f, *inputs):
+    """FLOPs of f(*inputs), by torch's formulas for matrix products, attention and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        f(*inputs)
+    return counter.get_total_flops()
+
+
+def matmul_rate(device):
+    """FLOP/s that this machine reaches on a large square product, in the type that training computes in."""
+    a = torch.randn(*(2 * [8192 if device.type == "cuda" else 1024]), device=device,
+                    dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    for n in (3, 10):                                # the first round warms up
+        began = time.time()
+        for _ in range(n):
+            b = a @ a
+        b[0, 0].item()                               # waits for the device
+    return 2 * len(a) ** 3 * n / (time.time() - began)
+
+
+def speed_row(began, images, per_image, rate, world, device):
+    """Log columns: images/s, their share of the machine's matrix rate, peak memory of a device (GB)."""
+    speed = images / (time.time() - began)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"images_per_s": speed, "mfu": speed * per_image / (rate * world), "memory_gb": memory / 1e9}
+
+
 def progress(rank, *args, **kw):
     """A progress bar on rank 0; a line now and then where the output is a file."""
     return tqdm(*args, disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 20, **kw)
@@ -382,7 +412,7 @@ def save_grid(path, rows, columns):
         rows = to_uint8(rows)
     zoom = max(1, 96 // rows.shape[-1])
     rows = rows.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    rows = F.pad(rows, (1, 1, 1, 1, 0, 0, 0, -len(rows) % columns), value=255)         # white where none is left
+    rows = F.pad(rows, (1, 1, 1, 1, 0, 0, 0, -len(rows) % columns), value=255)  # white where none is left
     rows = rows.unflatten(0, (-1, columns))                                            # (R, columns, 3, H, W)
     Image.fromarray(rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()).save(path)
 
@@ -682,7 +712,8 @@ def optimizer_for(model, lr):
 # ---------------------------------------------------------------- main
 
 COLUMNS = ["step", "epoch", "lr", "loss", "pixel", "perceptual", "gan", "kl", "semantic", "d_loss",
-           "logits_real", "logits_fake", "grad_norm", "d_grad_norm", "images_per_s", "unreadable"]
+           "logits_real", "logits_fake", "grad_norm", "d_grad_norm", "unreadable", "images_per_s", "mfu",
+           "memory_gb"]
 SCORES = ["psnr", "ssim", "lpips", "rFID", "rFD", "IS",
           *(f"probe_{kind}_{t}" for kind in ("z", "semantic") for t in PROBE_TIMES)]
 
@@ -712,6 +743,8 @@ def main(argv=None):
     file = resume(args, rank)
     if file and file["step"] >= last:
         return rank == 0 and print(f"{args.out} is at step {file['step']} of {steps}: nothing to do")
+    first, bad = file["step"] if file else 0, 0
+    images_of = loader(data, args, first, last, rank, world, device)  # forks while the process is small
 
     # networks: frozen teachers and perceptual loss; RecTok, its EMA, the discriminator
     if args.tiny and rank == 0 and not os.path.exists(os.path.join(args.out, "teacher.pt")):
@@ -737,13 +770,12 @@ def main(argv=None):
     ema.requires_grad_(False)
     config, discriminator = model.config, PatchGAN(args.gan_width).to(device)
     optimizer, d_optimizer = optimizer_for(model, args.lr), optimizer_for(discriminator, args.lr)
-    first, bad = 0, 0
     if file:
-        first = file["step"]
         for part, name in ((model, "model"), (ema, "model_ema"), (discriminator, "discriminator")):
             load_named(part, file[name], args.out)
         optimizer.load_state_dict(file["optimizer"])
         d_optimizer.load_state_dict(file["d_optimizer"])
+        file = None
     if rank == 0:
         print(f"torch {torch.__version__}, {world} x {device.type}, "
               f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data)} images, "
@@ -752,6 +784,12 @@ def main(argv=None):
             json.dump({"args": vars(args), "model": asdict(config), "torch": torch.__version__,
                        "world": world}, f, indent=1)
     step_pass, d_net = RecTokPass(model, args), discriminator
+    # FLOPs an image: trained networks count 3 forwards, frozen ones that pass it a gradient 2, others 1.
+    x = torch.zeros(1, 3, size, size, device=device)
+    keep, *draws = draw(args, config, 1, 0, device)
+    per_image = 3 * flops(step_pass, x, keep, *draws) + sum(flops(teacher, x) for teacher in teachers) \
+        + (1.5 * flops(perceptual_loss, x, x) if perceptual_loss else 0)           # real image 1, fake 2
+    per_image_gan, rate = (2 + 3 + 3) * flops(discriminator, x), matmul_rate(device)
     if device.type == "cuda" and not args.no_compile:
         step_pass.compile()  # the number of visible tokens becomes a dynamic dimension
     if world > 1:
@@ -759,7 +797,6 @@ def main(argv=None):
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     accumulate = args.batch // (args.micro_batch * world)
-    images_of = loader(data, args, first, last, rank, world, device)
     show = to_float(torch.stack([held_out[i][0] for i in range(min(8, len(held_out)))])).to(device)
     show_noise = torch.randn(len(show), config.grid ** 2, config.channels,
                              generator=torch.Generator().manual_seed(args.seed)).to(device)
@@ -829,10 +866,11 @@ def main(argv=None):
             if world > 1:
                 dist.all_reduce(logs)
             if rank == 0:
-                speed = (done - first) * args.batch / (time.time() - began)
                 values = [done, done * args.batch / len(data), lr, *(logs / world).tolist(),
-                          *(norms + [0.0])[:2], speed, int(getattr(data, "bad", 0))]
-                log_row(args.out, COLUMNS + SCORES, dict(zip(COLUMNS, values)) | scores)
+                          *(norms + [0.0])[:2], int(getattr(data, "bad", 0))]
+                speed = speed_row(began, (done - first) * args.batch, per_image + gan_on * per_image_gan,
+                                  rate, world, device)
+                log_row(args.out, COLUMNS + SCORES, dict(zip(COLUMNS, values)) | speed | scores)
                 bar.set_postfix(refresh=False, loss=f"{values[3]:.3f}", semantic=f"{values[8]:.3f}",
                                 mse=f"{values[4]:.4f}")
         if rank == 0 and (done % args.save_every == 0 and not bad or done == last or leave):
