@@ -203,7 +203,8 @@ def sample(model, noise, y, steps, shift, cfg=1.0, interval=(0, 1), guide=None, 
         weak = guide(z, at, y) if guide else model(z, at, torch.full_like(y, model.config.num_classes))
         return weak.float() + cfg * (v - weak.float())
 
-    z, grid = noise, sample_time(steps + 1, shift, torch.linspace(1, 0, steps + 1, device=noise.device))
+    grid = sample_time(steps + 1, shift, torch.linspace(1, 0, steps + 1, device=noise.device)).clamp(0, 1)
+    z = noise
     for t, after in zip(grid[:-1], grid[1:]):
         if trajectory is not None:
             trajectory.append((t.item(), z))
@@ -225,8 +226,9 @@ def load_dit(path, config=None):
     file = read_weights(path)
     state = file.get("model_ema", file.get("model", file))
     state = {n: w for n, w in state.items() if not re.search(r"freqs_(cos|sin)$|^pos_embed$", n)}  # computed
-    if "s_embedder.proj.weight" not in state:
-        raise ValueError(f"{path} holds no DiT-DH (no s_embedder.proj.weight)")
+    needed = ("s_embedder.proj.weight", "x_embedder.proj.weight", "y_embedder.embedding_table.weight")
+    if absent := [n for n in needed if n not in state]:
+        raise ValueError(f"{path} holds no DiT-DH: no {', '.join(absent)}")
     if config is None and isinstance(file.get("config"), dict):
         config = DiTConfig(**file["config"])
     if config is None:

@@ -163,8 +163,13 @@ class InceptionV3(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images):
-        pool = self.features(images)[-1]
-        return pool, pool @ self.fc.weight.T
+        before = torch.get_float32_matmul_precision()            # TF32 would move FID in the third digit
+        torch.set_float32_matmul_precision("highest")
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            pool = self.features(images)[-1]
+            logits = pool @ self.fc.weight.T
+        torch.set_float32_matmul_precision(before)
+        return pool, logits
 
 
 # ---------------------------------------------------------------- scores
@@ -257,7 +262,8 @@ class Arrays:
 def read(path, image_size=None):
     """Folder or npz -> {"images": data set or None, "image_size"}, and where given mu, sigma, n, features."""
     if os.path.isdir(path):
-        return {"images": ImageFolder(path, image_size), "image_size": image_size}
+        data = ImageFolder(path, image_size)
+        return {"images": data, "image_size": data[0][0].shape[1]}
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no folder or npz at {path!r}")
     try:
@@ -265,7 +271,7 @@ def read(path, image_size=None):
             known = {"mu", "sigma", "arr_0", "n", "image_size", "features"}
             out = {k: file[k] for k in file.files if k in known}
     except Exception as error:
-        raise ValueError(f"{path!r} is no readable npz: {error}") from error
+        raise ValueError(f"{path!r} is no npz free of pickled objects ({type(error).__name__})") from error
     if "arr_0" not in out and not {"mu", "sigma"} <= out.keys():
         raise ValueError(f"{path}: neither images (arr_0) nor statistics (mu, sigma) in it")
     out |= {k: out[k].item() for k in ("n", "image_size", "features") if k in out}     # our own files
@@ -281,6 +287,9 @@ class Features:
         self.name, self.inception = name, name == "inception"
         self.net = (InceptionV3(weights) if self.inception else load_teacher(name, weights)).to(device)
         self.width = 2048 if self.inception else self.net.width
+        if weights == "random":
+            warnings.warn(f"{name} with RANDOM weights: its scores mean nothing")
+            self.name += " (RANDOM)"
         self.score = "FID" if self.inception else "FD"  # only Inception's Frechet distance is called FID
 
     @torch.inference_mode()
@@ -293,34 +302,48 @@ def extract(features, data, device, batch=64, keep=False, workers=0):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     moments, logits, kept = Moments(features.width, device), [], []
     part = DataLoader(Subset(data, range(rank, len(data), world)), batch, num_workers=workers)
-    for images, _ in tqdm(part, desc=features.name, disable=rank > 0, leave=False):
-        f, l = features(images.to(device))
-        moments.add(f)
-        logits += [] if l is None else [l.cpu()]
-        kept += [f.cpu()] if keep else []
+    try:
+        for images, _ in tqdm(part, desc=features.name, disable=rank > 0, leave=False):
+            f, l = features(images.to(device))
+            moments.add(f)
+            logits += [] if l is None else [l.cpu()]
+            kept += [f.cpu()] if keep else []
+    except RuntimeError as error:
+        if "equal size" in str(error):
+            raise ValueError(f"{data.root} holds images of different sizes: give --image_size") from error
+        raise
+    if getattr(data, "bad", 0):                      # a replaced image would count twice
+        raise ValueError(f"{int(data.bad)} unreadable images in {data.root}, named above: remove them")
     return *moments.result(), gather(logits, len(data), world), gather(kept, len(data), world)
 
 
 def gather(parts, n, world):
     """The rows of all processes, in the order of the data set."""
     rows = torch.cat(parts) if parts else None
-    if world == 1 or rows is None:
+    if world == 1:
         return rows
     everyone = [None] * world
-    dist.all_gather_object(everyone, rows)
-    out = torch.empty(n, rows.shape[1])
+    dist.all_gather_object(everyone, rows)           # a rank may have none, all of them take part
+    some = [part for part in everyone if part is not None]
+    out = torch.empty(n, some[0].shape[1]) if some else None
     for rank, part in enumerate(everyone):
-        out[rank::world] = part
+        if part is not None:
+            out[rank::world] = part
     return out
+
+
+def check_statistics(features, side):
+    """ValueError where the statistics of a read() result are not of these features."""
+    kind, width = side.get("features", features.name), len(side.get("mu", range(features.width)))
+    if (kind, width) != (features.name, features.width):
+        raise ValueError(f"statistics of {width} {kind} features; {features.name} has {features.width}")
 
 
 def compare(features, samples, reference, device, batch=64, workers=0):
     """Two results of read() -> scores, with what they were measured on. FID uses statistics where a file has
     them; precision and recall need images on both sides, IS those of the samples."""
     for side in (samples, reference):
-        kind, width = side.get("features", features.name), len(side.get("mu", range(features.width)))
-        if (kind, width) != (features.name, features.width):
-            raise ValueError(f"statistics of {width} {kind} features; {features.name} has {features.width}")
+        check_statistics(features, side)
     both, sides = samples["images"] is not None and reference["images"] is not None, []
     for side in (samples, reference):
         found = {"logits": None}
@@ -347,15 +370,18 @@ def compare(features, samples, reference, device, batch=64, workers=0):
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("samples", nargs="?", help="npz with arr_0 (uint8 NHWC) or mu and sigma, or a folder of images")
-    add("reference", help="the same kinds; ADM's VIRTUAL_imagenet256_labeled.npz for gFID")
-    add("--save_stats", metavar="FILE.npz", help="write the reference's mu, sigma, n instead of comparing")
+    add("samples", help="npz with arr_0 (uint8 NHWC) or mu and sigma, or a folder of images")
+    add("reference", nargs="?", help="the same kinds; ADM's VIRTUAL_imagenet256_labeled.npz for gFID")
+    add("--save_stats", metavar="FILE.npz", help="write mu, sigma, n of the one input instead of comparing")
     add("--features", default="inception", help="inception (FID), or a teacher or teacher.pt (FD)")
     add("--weights", default="weights", help="folder of published files, or the one file; free ones download")
     add("--image_size", type=int, help="centre-crop the images of folders to this size")
     add("--batch", type=int, default=64, help="images at a time")
     add("--json", action="store_true", help="one line of JSON instead of the table")
-    return p.parse_args(argv)
+    args = p.parse_intermixed_args(argv)
+    if not args.save_stats and not args.reference:
+        p.error("two inputs are needed: SAMPLES REFERENCE")
+    return args
 
 
 def main(argv=None):
@@ -366,18 +392,18 @@ def main(argv=None):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    reference = read(args.reference, args.image_size)
-    samples = None if args.save_stats else read(args.samples or "", args.image_size)
+    samples = read(args.samples, args.image_size)
+    reference = None if args.save_stats else read(args.reference, args.image_size)
     features = Features(args.features, args.weights, device)
     workers = (os.cpu_count() or 1) // world
     rank0 = int(os.environ.get("RANK", 0)) == 0
     if args.save_stats:
-        if reference["images"] is None:
-            raise ValueError(f"{args.reference} holds statistics already")
-        mu, sigma, n, *_ = extract(features, reference["images"], device, args.batch, workers=workers)
+        if samples["images"] is None:
+            raise ValueError(f"{args.samples} holds statistics already")
+        mu, sigma, n, *_ = extract(features, samples["images"], device, args.batch, workers=workers)
         if rank0:
-            size = reference["image_size"] or reference["images"][0][0].shape[1]
-            np.savez(args.save_stats, mu=mu, sigma=sigma, n=n, image_size=size, features=args.features)
+            size = samples["image_size"]
+            np.savez(args.save_stats, mu=mu, sigma=sigma, n=n, image_size=size, features=features.name)
             print(f"wrote {args.save_stats}: {n} images of {size} px, {args.features} features")
     else:
         scores = compare(features, samples, reference, device, args.batch, workers)
@@ -394,5 +420,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         sys.exit(f"{type(error).__name__}: {error}")

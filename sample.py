@@ -65,8 +65,10 @@ def load(args, device, rank, world):
     if wrong := [k for k in args.classes or () if not 0 <= k < c.num_classes]:
         raise ValueError(f"--classes {wrong}: {args.dit} knows classes 0 to {c.num_classes - 1}")
     guide = load_dit(args.guide).to(device) if args.guide else None
-    if guide and (guide.config.grid, guide.config.channels) != (c.grid, c.channels):
-        raise ValueError(f"--guide {args.guide} has latents of another shape than {args.dit}")
+    if guide and any(getattr(guide.config, k) != getattr(c, k) for k in ("grid", "channels", "num_classes")):
+        raise ValueError(f"--guide {args.guide}: latents of another shape than {args.dit}, or other classes")
+    if guide and guide.extras.get("fingerprint") != extras.get("fingerprint"):
+        raise ValueError(f"--guide {args.guide} was trained on another tokenizer's latents than {args.dit}")
     path = args.tokenizer or extras.get("tokenizer")
     if not path:
         raise ValueError(f"{args.dit} names no tokenizer: give --tokenizer")
@@ -86,18 +88,28 @@ def statistics(args, extras, tokenizer, device, rank, world):
     """Latent mean and std (C,): of our checkpoint, of --stats, or computed from --data into --stats."""
     if extras:
         return extras["latent_mean"].to(device), extras["latent_std"].to(device)
+    C, mark = tokenizer.config.channels, fingerprint(tokenizer)
     if args.stats and os.path.exists(args.stats):
-        with np.load(args.stats, allow_pickle=False) as file:
-            return tuple(torch.from_numpy(file[k]).float().flatten().to(device) for k in ("mean", "std"))
+        try:
+            with np.load(args.stats, allow_pickle=False) as file:
+                mean, std = (torch.from_numpy(file[k]).float().flatten() for k in ("mean", "std"))
+                other = str(file["fingerprint"]) if "fingerprint" in file.files else mark
+        except Exception as error:
+            raise ValueError(f"--stats {args.stats} is no npz with mean and std: {error}") from error
+        if len(mean) != C or len(std) != C or other != mark:
+            raise ValueError(f"--stats {args.stats} ({len(mean)} channels, here {C}) is of another tokenizer")
+        return mean.to(device), std.to(device)
     if not args.data:
-        raise ValueError(f"{args.dit} holds no latent statistics: give --stats FILE.npz (mean, std), or "
-                         "--data with the training images to compute them")
+        raise ValueError(f"{args.dit} holds no latent statistics: give --stats FILE.npz (mean, std), or the "
+                         "training images as --data to compute them")
     data = ImageFolder(args.data, tokenizer.config.image_size)
-    part = DataLoader(Subset(data, range(rank, len(data), world)), args.batch,
-                      num_workers=os.cpu_count() // world)
+    part = Subset(data, range(rank, len(data), world))
+    part = DataLoader(part, args.batch, num_workers=(os.cpu_count() or 1) // world)
     mean, std = latent_statistics(tokenizer, progress(rank, part, desc="latent statistics"))
     if rank == 0 and args.stats:
-        np.savez(args.stats, mean=mean.cpu().numpy(), std=std.cpu().numpy())
+        with open(args.stats + ".tmp", "wb") as f:
+            np.savez(f, mean=mean.cpu().numpy(), std=std.cpu().numpy(), fingerprint=mark)
+        os.replace(args.stats + ".tmp", args.stats)
     return mean, std
 
 
@@ -105,6 +117,8 @@ def save_all(args, recipe, num, labels, make, rank, world):
     """Samples 0..num-1 in chunks; a resumed run keeps finished ones. make(indices) -> uint8 (B, 3, H, W)."""
     npz = args.save.endswith(".npz")
     folder = args.save + ".parts" if npz else args.save
+    if npz and os.path.exists(args.save):
+        raise ValueError(f"{args.save} is there already: remove it or choose another --save")
     os.makedirs(folder, exist_ok=True)
     note = os.path.join(folder, "recipe.json")
     if os.path.exists(note) and json.load(open(note)) != recipe:
@@ -116,8 +130,8 @@ def save_all(args, recipe, num, labels, make, rank, world):
         json.dump(recipe, open(note, "w"))
     chunks = [range(k, min(num, k + CHUNK)) for k in range(0, num, CHUNK)]
     part = lambda i: os.path.join(folder, f"{i:06d}.npy" if npz else f"{i:06d}.png")
-    todo = [c for c in chunks if not all(os.path.exists(part(i)) for i in (c[:1] if npz else c))]
-    for chunk in progress(rank, todo[rank::world], desc="sample"):
+    mine = [c for c in chunks[rank::world] if not all(os.path.exists(part(i)) for i in (c[:1] if npz else c))]
+    for chunk in progress(rank, mine, desc="sample"):
         images = make(chunk).permute(0, 2, 3, 1).numpy()                                       # NHWC
         for path, array in [(part(chunk[0]), images)] if npz else zip(map(part, chunk), images):
             with open(path + ".tmp", "wb") as f:
@@ -151,7 +165,8 @@ def main(argv=None):
     recipe = dict(dit=os.path.abspath(args.dit), step=model.extras.get("step"), guide=args.guide,
                   cfg=args.cfg, interval=list(args.interval), solver=args.solver, steps=args.steps,
                   shift=round(shift, 4), seed=args.seed, ema=True,
-                  tokenizer=args.tokenizer or model.extras.get("tokenizer"), classes=len(classes), num=num)
+                  tokenizer=args.tokenizer or model.extras.get("tokenizer"), stats=args.stats,
+                  classes=args.classes or f"{len(classes)} of {c.num_classes}", num=num)
     if rank == 0:
         print("recipe: " + ", ".join(f"{k} {v}" for k, v in recipe.items()))
 
@@ -188,5 +203,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -32,6 +32,8 @@ def center_crop(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
+    if round(image.width * scale) * round(image.height * scale) > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(f"{image.width} x {image.height} pixels are too long and narrow to scale up")
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -279,12 +281,16 @@ def read_weights(path):
             return {name: torch.frombuffer(data, dtype=types[t["dtype"]], count=math.prod(t["shape"]),
                                            offset=t["data_offsets"][0]).view(t["shape"])
                     for name, t in header.items()}
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if not isinstance(file, dict):
+            raise ValueError(f"a {type(file).__name__}, no dict of tensors")
+        return file
     except pickle.UnpicklingError as error:
         why = str(error).strip().splitlines()[-1 if len(str(error)) < 200 else 0]
         raise ValueError(f"{path!r} holds more than tensors (code?) or none and is refused: {why}") from error
     except Exception as error:
-        raise ValueError(f"{path!r} is corrupt, truncated or no file of weights: {error}") from error
+        raise ValueError(f"{path!r} is corrupt, truncated or no .pt, .pth or .safetensors file of weights "
+                         f"({type(error).__name__}: {error})") from error
 
 
 def load_named(module, state, path):
@@ -678,8 +684,9 @@ def load_tokenizer(path, config=None, ema=True):
     teachers = list(dict.fromkeys(n.split(".")[1] for n in state if n.startswith("sem_decoders.")))
     for k, name in enumerate(teachers):                  # published by name ("dinov3"), here by place
         state = {n.replace(f"sem_decoders.{name}.", f"sem_decoders.{k}."): w for n, w in state.items()}
-    if "encoder.patch_embed.0.weight" not in state:
-        raise ValueError(f"{path} holds no RecTok tokenizer (no encoder.patch_embed.0.weight)")
+    if absent := [n for n in ("encoder.patch_embed.0.weight", "encoder.positional_embedding",
+                              "encoder.latent_head.weight", "decoder.mask_token") if n not in state]:
+        raise ValueError(f"{path} holds no RecTok tokenizer: no {', '.join(absent)}")
     own = TokenizerConfig(**file["config"]) if isinstance(file.get("config"), dict) else _infer_config(state)
     config = replace(config) if config else own
     if not teachers:

@@ -26,12 +26,13 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from dit import PRESETS, DiT, DiTConfig, flow_loss, latent_statistics, sample
-from fid import Features, Moments, extract, frechet_distance, gather, inception_score, read
+from fid import (Features, Moments, check_statistics, extract, frechet_distance, gather, inception_score,
+                 read)
 from tokenizer import (fingerprint, latent_shift, load_named, load_tokenizer, read_weights, to_float,
                        to_uint8)
-from train_tokenizer import (catch_signals, clip_and_agree, flops, guard, key, loader, log_row, matmul_rate,
-                             micro_batch, open_data, progress, resume, sample_noise, save, save_grid,
-                             speed_row, start, update_ema, workers)
+from train_tokenizer import (catch_signals, clip_and_agree, count_bad, flops, guard, key, loader, log_row,
+                             matmul_rate, micro_batch, open_data, progress, resume, sample_noise, save,
+                             save_grid, speed_row, start, update_ema, workers)
 
 
 def lr_at(progress, peak, final=0.1, flat=0.05):
@@ -72,7 +73,7 @@ def evaluate(make, features, head, num, num_classes, reference, device, rank, wo
         dist.all_reduce(hits)
     mu, sigma, _ = moments.result()
     scores = {features.score: frechet_distance(mu, sigma, *reference)}
-    if logits:
+    if features.inception:
         scores["IS"] = inception_score(gather(logits, num, world))[0]
     return scores | ({"agreement": hits.item() / num} if head else {})
 
@@ -89,6 +90,7 @@ def open_metrics(args, tokenizer_path, held_out, device):
         head = nn.Linear(features.width, len(state["bias"])).to(device)
         head.load_state_dict(state)
     source = {"images": held_out} if tiny else read(args.reference, held_out.size)
+    check_statistics(features, source)
     if "mu" not in source:
         source["mu"], source["sigma"], *_ = extract(features, source["images"], device, workers=args.workers)
     return features, head, (source["mu"], source["sigma"])
@@ -139,6 +141,9 @@ def parse(argv=None):
     p.set_defaults(**(TINY if first.tiny else {}))
     args = p.parse_args(argv)
     args.micro_batch, args.workers = micro_batch(args), workers(args)
+    if not 1 <= args.cfg < math.inf or args.eval_num < 2 or not 0 <= args.label_dropout < 1:
+        raise ValueError(f"--cfg {args.cfg} --eval_num {args.eval_num} --label_dropout {args.label_dropout}: "
+                         "need a finite cfg >= 1, at least 2 samples, and a share below 1")
     return args
 
 
@@ -168,7 +173,7 @@ def main(argv=None):
                          f"(fingerprint {file['fingerprint'][:8]}, now {mark[:8]})")
     if file and file["step"] >= last:
         return rank == 0 and print(f"{args.out} is at step {file['step']} of {steps}: nothing to do")
-    first, bad = file["step"] if file else 0, 0
+    first, streak = file["step"] if file else 0, 0
     images_of = loader(data, args, first, last, rank, world, device)  # forks while the process is small
     if file:
         stats = file["latent_mean"].to(device), file["latent_std"].to(device)
@@ -205,7 +210,7 @@ def main(argv=None):
     if device.type == "cuda" and not args.no_compile:
         net.compile()
     if world > 1:
-        net = DDP(net, broadcast_buffers=False)
+        net = DDP(net)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     accumulate = args.batch // (args.micro_batch * world)
@@ -235,8 +240,8 @@ def main(argv=None):
             (loss / accumulate).backward()
             logs += loss.detach() / accumulate
 
-        norms, leave = clip_and_agree([(model, 1.0)], stop, world, device)
-        bad = guard(norms, bad, args, step, rank, {"loss": logs})
+        norms, bad, leave = clip_and_agree([(model, 1.0)], logs, stop, world, device)
+        streak = guard(bad, streak, args, step, rank, {"loss": logs})
         if not bad:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -244,11 +249,21 @@ def main(argv=None):
             update_ema(ema, model, args.ema)
         optimizer.zero_grad()
 
-        # below the fence: log, sample, save
+        # below the fence: save first (what follows may take long), then pictures, scores and the log
         done = step + 1
         bar.update()
+        if rank == 0 and (done % args.save_every == 0 and not bad or done == last or leave):
+            weights = {"model": model.state_dict(), "model_ema": ema.state_dict(),
+                       "config": asdict(model.config), "args": vars(args), "step": done,
+                       "latent_mean": stats[0].cpu(), "latent_std": stats[1].cpu(),
+                       "tokenizer": os.path.abspath(args.tokenizer), "fingerprint": mark}
+            save(os.path.join(args.out, "last.pt"), weights | {"optimizer": optimizer.state_dict()})
+            if done % (10 * args.save_every) == 0 or done == last:
+                save(os.path.join(args.out, f"step_{done}.pt"), weights)
+        if rank == 0 and (done % args.sample_every == 0 or done == last) and not leave:
+            save_grid(os.path.join(args.out, f"step_{done}.png"), make(range(len(show)), show), columns)
         scores = {}
-        if features and (done % args.eval_every == 0 or done == steps):
+        if features and (done % args.eval_every == 0 or done == steps) and not leave:
             scores = evaluate(make, features, head, args.eval_num, num_classes, reference, device, rank,
                               world)
             if rank == 0:
@@ -256,24 +271,15 @@ def main(argv=None):
                            + f" (step {done}, EMA, {args.eval_num} samples, {args.sample_steps} Euler steps, "
                            f"CFG {args.cfg}, seed {args.seed}; reference {args.reference}, {features.name})")
         if done % 10 == 0 or scores:
+            logs = torch.cat([logs / world, count_bad(data, device)])
             if world > 1:
                 dist.all_reduce(logs)
             if rank == 0:
-                values = [done, done * args.batch / len(data), lr, logs.item() / world, norms[0],
-                          int(getattr(data, "bad", 0))]
+                loss, unreadable = logs.tolist()
+                values = [done, done * args.batch / len(data), lr, loss, norms[0], int(unreadable)]
                 speed = speed_row(began, (done - first) * args.batch, per_image, rate, world, device)
                 log_row(args.out, COLUMNS + SCORES, dict(zip(COLUMNS, values)) | speed | scores)
-                bar.set_postfix(loss=f"{values[3]:.4f}", refresh=False)
-        if rank == 0 and (done % args.sample_every == 0 or done == last):
-            save_grid(os.path.join(args.out, f"step_{done}.png"), make(range(len(show)), show), columns)
-        if rank == 0 and (done % args.save_every == 0 and not bad or done == last or leave):
-            weights = {"model": model.state_dict(), "model_ema": ema.state_dict(),
-                       "config": asdict(model.config), "args": vars(args), "step": done,
-                       "latent_mean": stats[0].cpu(), "latent_std": stats[1].cpu(),
-                       "tokenizer": os.path.abspath(args.tokenizer), "fingerprint": mark}
-            save(os.path.join(args.out, "last.pt"), weights | {"optimizer": optimizer.state_dict()})
-            if done % (10 * args.save_every) == 0 or done == steps:
-                save(os.path.join(args.out, f"step_{done}.pt"), weights)
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if leave:
             print(f"rank {rank}: stopped by a signal after step {done}; the same command goes on from there")
             break
@@ -285,5 +291,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, KeyboardInterrupt) as error:
         sys.exit(f"{type(error).__name__}: {error}")

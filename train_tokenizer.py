@@ -14,7 +14,6 @@ import functools
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -246,8 +245,8 @@ def key(*ids):
 
 def sample_noise(seed, indices, N, C):
     """Starting noise (len(indices), N, C): sample i depends on (seed, i) alone, not on batch or machine."""
-    return torch.stack([torch.randn(N, C, generator=torch.Generator().manual_seed(key(seed, i)))
-                        for i in indices])
+    seeds = (key(seed, i, 0, 0, 1) for i in indices)  # five numbers: never the seed of a training step's four
+    return torch.stack([torch.randn(N, C, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
 def batches(length, batch, micro, seed, first, last, rank=0, world=1):
@@ -266,6 +265,10 @@ def batches(length, batch, micro, seed, first, last, rank=0, world=1):
 def micro_batch(args):
     """Images a process and pass: --micro_batch, or the largest divisor of the process's share up to 64."""
     world = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("batch", "epochs", "steps", "stop_at", "save_every", "eval_every", "sample_every",
+                 "sample_steps"):
+        if vars(args).get(name) is not None and vars(args)[name] <= 0:
+            raise ValueError(f"--{name} {vars(args)[name]}: must be positive")
     share, rest = divmod(args.batch, world)
     if rest:
         raise ValueError(f"--batch {args.batch} is not divisible among {world} processes")
@@ -281,10 +284,16 @@ def workers(args):
     return max(1, share) if args.workers is None else args.workers
 
 
+def deaf(_):
+    """Loader processes leave signals to their trainer, which still wants to finish a step and save."""
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, signal.SIG_IGN)
+
+
 def loader(data, args, first, last, rank, world, device):
     """Iterator over this rank's micro-batches (uint8 images, labels) of steps first..last-1."""
     order = batches(len(data), args.batch, args.micro_batch, args.seed, first, last, rank, world)
-    return iter(DataLoader(data, batch_sampler=order, num_workers=args.workers,
+    return iter(DataLoader(data, batch_sampler=order, num_workers=args.workers, worker_init_fn=deaf,
                            pin_memory=device.type == "cuda"))
 
 
@@ -296,29 +305,32 @@ def catch_signals():
     return stop
 
 
-def clip_and_agree(nets, stop, world, device):
-    """A step's one fence: clip each (net, max norm) -> gradient norms, whether any rank wants to leave."""
+def clip_and_agree(nets, logs, stop, world, device):
+    """A step's one fence: clip each (net, max norm) -> gradient norms; is a loss or gradient of any rank not
+    finite; does any rank want to leave. All ranks get the same answers."""
     norms = [torch.nn.utils.clip_grad_norm_(net.parameters(), most) for net, most in nets]
-    fence = torch.stack([*norms, torch.tensor(float(bool(stop)), device=device)])
+    bad = ~torch.cat([torch.stack(norms), logs]).isfinite().all()
+    fence = torch.stack([*norms, bad.float(), torch.tensor(float(bool(stop)), device=device)])
     if world > 1:
         dist.all_reduce(fence, dist.ReduceOp.MAX)     # the norms agree already: DDP averaged the gradients
-    *norms, leave = fence.tolist()
-    return norms, bool(leave)
+    *norms, bad, leave = fence.tolist()
+    return norms, bool(bad), bool(leave)
 
 
-def guard(norms, bad, args, step, rank, terms):
-    """0 for a finite step; else the count of bad ones in a row (touch no weight), or FloatingPointError."""
-    if np.isfinite(norms).all():
+def guard(bad, streak, args, step, rank, terms):
+    """Bad steps in a row, 0 after a good one (a bad one touches no weight); too many: FloatingPointError."""
+    if not bad:
         return 0
     terms = ", ".join(f"{k} {float(v):.4g}" for k, v in terms.items())
     if rank == 0:
-        tqdm.write(f"step {step}: non-finite gradient, skipped; {terms}")
-    if bad + 1 >= args.max_bad_steps:
-        raise FloatingPointError(f"{bad + 1} non-finite steps in a row, the last one {step}: {terms}; the "
+        tqdm.write(f"step {step}: non-finite loss or gradient, skipped; {terms}")
+    if streak + 1 >= args.max_bad_steps:
+        raise FloatingPointError(f"{streak + 1} non-finite steps in a row, the last one {step}: {terms}; the "
                                  f"last good checkpoint is {os.path.join(args.out, 'last.pt')}")
-    return bad + 1
+    return streak + 1
 
 
+@torch.no_grad()
 def update_ema(ema, model, decay):
     """ema <- decay ema + (1 - decay) model, for weights that train (stage 1b must keep the EMA encoder)."""
     pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
@@ -342,7 +354,7 @@ def save(path, file):
 MAY_DIFFER = {  # length, logging, scores and pictures, machine: what leaves the weights of a step as they are
     "epochs", "steps", "stop_at", "save_every", "eval_every", "eval_num", "sample_every", "sample_steps",
     "cfg", "reference", "features", "val", "workers", "micro_batch", "grad_checkpoint", "no_compile",
-    "max_bad_steps"}
+    "max_bad_steps", "out", "weights", "tokenizer"}  # (stage 2 compares the tokenizer's fingerprint instead)
 
 
 def resume(args, rank):
@@ -357,10 +369,12 @@ def resume(args, rank):
         if rank == 0 and changed.keys() & {"epochs", "steps"}:
             print("notice: the length of training changed, and with it the learning rate schedule")
     if rank == 0 and os.path.exists(log):
-        rows = list(csv.reader(open(log)))
-        with open(log, "w", newline="") as f:
-            csv.writer(f).writerows(r for i, r in enumerate(rows)
-                                    if file and (i == 0 or int(r[0]) <= file["step"]))
+        rows = list(csv.reader(open(log, errors="replace")))
+        most = file["step"] if file else -1
+        keep = [r for r in rows if r and (r[0] == "step" or r[0].isdigit() and int(r[0]) <= most)]
+        with open(log + ".tmp", "w", newline="") as f:
+            csv.writer(f).writerows(keep)
+        os.replace(log + ".tmp", log)
     return file
 
 
@@ -387,14 +401,18 @@ def matmul_rate(device):
 def speed_row(began, images, per_image, rate, world, device):
     """Log columns: images/s, their share of the machine's matrix rate, peak memory of a device (GB)."""
     speed = images / (time.time() - began)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(
-        resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"images_per_s": speed, "mfu": speed * per_image / (rate * world), "memory_gb": memory / 1e9}
+    memory = {"memory_gb": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {}
+    return {"images_per_s": speed, "mfu": speed * per_image / (rate * world)} | memory
 
 
 def progress(rank, *args, **kw):
     """A progress bar on rank 0; a line now and then where the output is a file."""
     return tqdm(*args, disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 20, **kw)
+
+
+def count_bad(data, device):
+    """Unreadable images that this process met so far, (1,)."""
+    return torch.tensor([float(getattr(data, "bad", 0))], device=device)
 
 
 def log_row(out, columns, row):
@@ -460,7 +478,7 @@ def evaluate(model, data, device, rank, world, features=None, lpips=None, worker
     if features:
         (mu, sigma, _), (fake_mu, fake_sigma, _) = (m.result() for m in moments)
         scores["r" + features.score] = frechet_distance(fake_mu, fake_sigma, mu, sigma)
-    if logits:
+    if features and features.inception:
         scores["IS"] = inception_score(gather(logits, len(data), world))[0]
     return scores
 
@@ -517,8 +535,10 @@ def linear_probe(model, train, held_out, seed, device, rank, world, workers=0, m
 def assess(model, args, plain, held_out, name, features, lpips, device, rank, world):
     """All scores of a tokenizer, printed with their recipe. plain: the training images without flips."""
     scores, probed = evaluate(model, held_out, device, rank, world, features, lpips, args.workers), {}
-    if held_out.num_classes == plain.num_classes > 1:            # a flat folder has no labels to probe
+    if held_out.classes == plain.classes and plain.num_classes > 1:     # a flat folder has no labels to probe
         probed = linear_probe(model, plain, held_out, args.seed, device, rank, world, args.workers)
+    elif rank == 0:
+        tqdm.write("no linear probe: it needs the same class folders in the training and the held-out images")
     if rank == 0:
         against = f", {features.name} features, against the originals" if features else ""
         tqdm.write(", ".join(f"{k} {v:.4f}" for k, v in scores.items())
@@ -558,7 +578,7 @@ def fit_teacher(path, size, steps=250, batch=64, seed=0):
     torch.manual_seed(seed)
     config = dict(version=3, width=96, depth=3, heads=3, patch=8, image_size=size, registers=1)
     net, head = DINO(**config), nn.Linear(96, Shapes.num_classes)
-    data = Shapes(size, steps * batch, seed=seed + 1)
+    data = Shapes(size, steps * batch, seed=seed + 3)                      # held-out shapes have seed 1
     teacher, hit = Teacher(net, 8, (0.5,) * 3, (0.5,) * 3), 0
     params = list(net.requires_grad_(True).parameters()) + list(head.parameters())
     optimizer = torch.optim.AdamW(params, weight_decay=0.05)
@@ -599,7 +619,7 @@ def parse(argv=None):
     add("--eval_only", metavar="CKPT", help="no training: the scores of this checkpoint")
     add("--seed", type=int, default=0, help="of the weights, the data order and every draw")
     add = p.add_argument_group("model").add_argument
-    add("--image_size", type=int, default=256, help="pixels, a multiple of the patch")
+    add("--image_size", type=int, help="pixels, a multiple of the patch (default: 256, or the checkpoint's)")
     add("--patch_size", type=int, default=16, help="pixels a token")
     add("--channels", type=int, default=128, help="C, of a latent token")
     add("--encoder", default="base", choices=list(SIZES), help="size of the encoder")
@@ -653,8 +673,8 @@ def resolve(args):
     """The flags with their automatic values filled in; the user's errors that need no file."""
     if "none" in (args.distill, args.semantic):
         args.distill = args.semantic = "none"
-    config = TokenizerConfig(args.image_size, args.patch_size, args.channels, args.encoder, args.decoder,
-                             args.semantic)
+    config = TokenizerConfig(args.image_size or 256, args.patch_size, args.channels, args.encoder,
+                             args.decoder, args.semantic)
     args.shift = latent_shift(config.grid ** 2, args.channels) if args.shift == "auto" else float(args.shift)
     if args.lr is None:
         args.lr = (5e-5 if args.finetune_decoder else 1e-4) * args.batch / 256
@@ -672,7 +692,7 @@ def open_data(root, size, seed=0, val=None):
                 "held-out shapes")
     train, plain = (ImageFolder(root, size, flip, seed) for flip in (True, False))
     beside = os.path.join(os.path.dirname(os.path.abspath(root)), "val")
-    if val or os.path.isdir(beside):
+    if val or os.path.isdir(beside) and not os.path.samefile(beside, root):
         return train, plain, ImageFolder(val or beside, size), f"images of {val or beside}"
     return train, plain, plain, "TRAINING images (no val folder)"
 
@@ -729,12 +749,14 @@ def main(argv=None):
     # data
     source = args.eval_only or args.finetune_decoder
     config = load_tokenizer(source).config if source else None
-    size = config.image_size if source else args.image_size
+    if source and args.image_size:                   # a 256 px checkpoint goes on at 512 px, say
+        config = replace(config, image_size=args.image_size)
+    size = config.image_size if source else args.image_size or 256
     data, plain, held_out, held_out_name = open_data(args.data, size, args.seed, args.val)
     if args.eval_only:
         lpips = LPIPS(weights).to(device) if args.w_perceptual else None
         features = open_features(args, device, os.path.dirname(source))
-        assess(load_tokenizer(source).to(device), args, plain, held_out, f"{held_out_name}, {source}",
+        assess(load_tokenizer(source, config).to(device), args, plain, held_out, f"{held_out_name}, {source}",
                features, lpips, device, rank, world)
         return
     steps = args.steps or math.ceil(args.epochs * len(data) / args.batch)
@@ -743,17 +765,17 @@ def main(argv=None):
     file = resume(args, rank)
     if file and file["step"] >= last:
         return rank == 0 and print(f"{args.out} is at step {file['step']} of {steps}: nothing to do")
-    first, bad = file["step"] if file else 0, 0
+    first, streak = file["step"] if file else 0, 0
     images_of = loader(data, args, first, last, rank, world, device)  # forks while the process is small
 
     # networks: frozen teachers and perceptual loss; RecTok, its EMA, the discriminator
     if args.tiny and rank == 0 and not os.path.exists(os.path.join(args.out, "teacher.pt")):
         if source:                                   # stage 1b: the teacher of stage 1, for the scores
             shutil.copy(os.path.join(os.path.dirname(source), "teacher.pt"), args.out)
-        elif args.teacher == "tiny":
-            fit_teacher(os.path.join(args.out, "teacher.pt"), size)
-        else:
+        elif os.path.isfile(args.teacher.split(",")[0]):
             shutil.copy(args.teacher.split(",")[0], os.path.join(args.out, "teacher.pt"))
+        else:
+            fit_teacher(os.path.join(args.out, "teacher.pt"), size)
     if world > 1:
         dist.barrier()
     teachers, features = open_teachers(args, device), open_features(args, device, args.out)
@@ -764,7 +786,8 @@ def main(argv=None):
         model.encoder.requires_grad_(False)
     else:
         dims = tuple(teacher.width for teacher in teachers) or 1024
-        model = RecTok(TokenizerConfig(args.image_size, args.patch_size, args.channels, args.encoder,
+        torch.manual_seed(args.seed)                 # whether or not a teacher was fitted just now
+        model = RecTok(TokenizerConfig(size, args.patch_size, args.channels, args.encoder,
                                        args.decoder, args.semantic, dims)).to(device)
         ema = deepcopy(model)
     ema.requires_grad_(False)
@@ -778,8 +801,8 @@ def main(argv=None):
         file = None
     if rank == 0:
         print(f"torch {torch.__version__}, {world} x {device.type}, "
-              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data)} images, "
-              f"steps {first} to {last} of {steps}, shift {args.shift:.3f}")
+              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data)} images of "
+              f"{size} px, steps {first} to {last} of {steps}, shift {args.shift:.3f}")
         with open(os.path.join(args.out, "config.json"), "w") as f:
             json.dump({"args": vars(args), "model": asdict(config), "torch": torch.__version__,
                        "world": world}, f, indent=1)
@@ -793,7 +816,7 @@ def main(argv=None):
     if device.type == "cuda" and not args.no_compile:
         step_pass.compile()  # the number of visible tokens becomes a dynamic dimension
     if world > 1:
-        step_pass, d_net = (DDP(net, broadcast_buffers=False) for net in (step_pass, discriminator))
+        step_pass, d_net = DDP(step_pass), DDP(discriminator)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     accumulate = args.batch // (args.micro_batch * world)
@@ -844,8 +867,8 @@ def main(argv=None):
                                  logits_fake.float().mean()]).detach() / accumulate
 
         nets = [(model, 3.0), (discriminator, 3.0)][:1 + gan_on]
-        norms, leave = clip_and_agree(nets, stop, world, device)
-        bad = guard(norms, bad, args, step, rank, dict(zip(COLUMNS[3:12], logs)))
+        norms, bad, leave = clip_and_agree(nets, logs, stop, world, device)
+        streak = guard(bad, streak, args, step, rank, dict(zip(COLUMNS[3:12], logs)))
         if not bad:
             for o in (optimizer, d_optimizer)[:1 + gan_on]:
                 for group in o.param_groups:
@@ -855,34 +878,37 @@ def main(argv=None):
         optimizer.zero_grad()
         d_optimizer.zero_grad()
 
-        # below the fence: log, evaluate, save
+        # below the fence: save first (what follows may take long), then scores and the log
         done = step + 1
         bar.update()
-        scores = {}
-        if done % args.eval_every == 0 or done == steps:
-            scores = assess(ema, args, plain, held_out, held_out_name, features,
-                            perceptual_loss.lpips if perceptual_loss else None, device, rank, world)
-        if done % 10 == 0 or scores:
-            if world > 1:
-                dist.all_reduce(logs)
-            if rank == 0:
-                values = [done, done * args.batch / len(data), lr, *(logs / world).tolist(),
-                          *(norms + [0.0])[:2], int(getattr(data, "bad", 0))]
-                speed = speed_row(began, (done - first) * args.batch, per_image + gan_on * per_image_gan,
-                                  rate, world, device)
-                log_row(args.out, COLUMNS + SCORES, dict(zip(COLUMNS, values)) | speed | scores)
-                bar.set_postfix(refresh=False, loss=f"{values[3]:.3f}", semantic=f"{values[8]:.3f}",
-                                mse=f"{values[4]:.4f}")
         if rank == 0 and (done % args.save_every == 0 and not bad or done == last or leave):
             weights = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config),
                        "args": vars(args), "step": done}
             save(os.path.join(args.out, "last.pt"), weights | {
                 "discriminator": discriminator.state_dict(), "optimizer": optimizer.state_dict(),
                 "d_optimizer": d_optimizer.state_dict()})
-            if done % (10 * args.save_every) == 0 or done == steps:
+            if done % (10 * args.save_every) == 0 or done == last:
                 save(os.path.join(args.out, f"step_{done}.pt"), weights)
-            picture(os.path.join(args.out, f"step_{done}.png"), ema, show,
-                    teachers[0] if teachers else None, show_noise)
+            if not leave:
+                picture(os.path.join(args.out, f"step_{done}.png"), ema, show,
+                        teachers[0] if teachers else None, show_noise)
+        scores = {}
+        if (done % args.eval_every == 0 or done == steps) and not leave:
+            scores = assess(ema, args, plain, held_out, held_out_name, features,
+                            perceptual_loss.lpips if perceptual_loss else None, device, rank, world)
+        if done % 10 == 0 or scores:
+            logs = torch.cat([logs / world, count_bad(data, device)])
+            if world > 1:
+                dist.all_reduce(logs)
+            if rank == 0:
+                *terms, unreadable = logs.tolist()
+                values = [done, done * args.batch / len(data), lr, *terms, *(norms + [0.0])[:2],
+                          int(unreadable)]
+                speed = speed_row(began, (done - first) * args.batch, per_image + gan_on * per_image_gan,
+                                  rate, world, device)
+                log_row(args.out, COLUMNS + SCORES, dict(zip(COLUMNS, values)) | speed | scores)
+                bar.set_postfix(refresh=False, loss=f"{terms[0]:.3f}", mse=f"{terms[1]:.4f}",
+                                semantic=f"{terms[5]:.3f}")
         if leave:
             print(f"rank {rank}: stopped by a signal after step {done}; the same command goes on from there")
             break
@@ -894,5 +920,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, KeyboardInterrupt) as error:
         sys.exit(f"{type(error).__name__}: {error}")
