@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zlib
@@ -90,10 +91,9 @@ def published(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
+def write_inception(path):
     """pt_inception-2015-12-05-6726825d.pth with named weights, under its own names."""
-    state, path = {}, str(tmp_path_factory.mktemp("inception") / M.INCEPTION)
+    state = {}
     for ours, w in M.InceptionV3("random").state_dict().items():
         name = ours.replace("stem.", "").replace("mixed.", "Mixed_")
         if name.startswith("fc."):
@@ -105,6 +105,11 @@ def inception_file(tmp_path_factory):
                       for n in [f"{name}.bn.{k}"]}
     torch.save(state, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    return write_inception(str(tmp_path_factory.mktemp("inception") / M.INCEPTION))
 
 
 # ---------------------------------------------------------------- golden numbers
@@ -1178,3 +1183,94 @@ def test_memory_does_not_grow(tmp_path, tiny_teacher):
                                   "--save_every", "25"))
     pages = {int(l.split()[1]): int(l.split()[2]) for l in done.stdout.split("\n") if l.startswith("rss")}
     assert pages[300] < 1.1 * pages[100], pages
+
+
+# ---------------------------------------------------------------- python test_all.py --bench
+
+def alternate(ours, theirs, n=3):
+    """Median seconds of each, run in turn (theirs may be None), after a warm-up."""
+    def timed(f):
+        began = time.perf_counter()
+        f()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+    pairs = [(timed(ours), timed(theirs) if theirs else math.nan) for _ in range(n + 1)][1:]
+    return [sorted(column)[n // 2] for column in zip(*pairs)]
+
+
+def bench(words, batch=2):
+    """Time of the parts whose names hold one of `words`, random weights, against the authors' modules where
+    RECTOK_REF names a checkout of github.com/Shi-qingyu/RecTok (needs einops, timm, transformers, torchdiffeq
+    and torchvision)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size, peer, x = ("XL", {}, torch.rand(batch, 3, 256, 256, device=device)) if device.type == "cuda" else (
+        "B", {}, torch.rand(batch, 3, 256, 256))
+    z, y = torch.randn(batch, 256, 128, device=device), torch.arange(batch, device=device)
+    file = write_inception(os.path.join(tempfile.mkdtemp(), M.INCEPTION))
+    if os.environ.get("RECTOK_REF"):
+        sys.path.insert(0, os.environ["RECTOK_REF"])
+        import models.DDT
+        import models.rectok
+        import torchvision
+        import utils.losses
+        nets, losses = torchvision.models, utils.losses
+        losses.LPIPS.load_from_pretrained = lambda self, **kw: None            # nothing is downloaded
+        vgg, convnext = nets.vgg16, nets.convnext_small
+        losses.models.vgg16, losses.models.convnext_small = (lambda **k: vgg()), (lambda **k: convnext())
+        dit = models.DDT.DiTDDT_models[f"DiTDDT_{size.lower()}"]
+        peer = {"tokenizer": models.rectok.rectok_BB(token_channels=128, mask_ratio=0.0, gamma=0.0),
+                "dit": dit(num_sampling_steps=11),
+                "perceptual": losses.PerceptualLoss("lpips-convnext_s-1.0-0.1").eval()}
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Fidelity
+        peer["inception"] = Fidelity("inception", ["2048"], feature_extractor_weights_path=file)
+        peer = {name: net.to(device) for name, net in peer.items()}
+    tokenizer = T.RecTok(T.TokenizerConfig(semantic="none")).to(device)
+    net, perceptual = D.DiT(D.DiTConfig(**D.PRESETS[size])).to(device), S1.PerceptualLoss("random").to(device)
+    inception, photos = M.InceptionV3(file).to(device), (x.repeat(8, 1, 1, 1) * 255).to(torch.uint8)
+    mu, (s1, s2) = torch.zeros(2048), (noise(n, 5000, 2048).double() for n in "ab")
+    s1, s2 = s1.T @ s1 / 5000, s2.T @ s2 / 5000
+    wish = type("Args", (), {"use_auto_guidance": False})
+    to_map = lambda z: z.transpose(1, 2).unflatten(2, (16, 16))
+
+    def tokenize():
+        mean, logvar = tokenizer.encode(x)
+        z = mean + (logvar / 2).exp() * torch.randn_like(mean)
+        tokenizer.decode(z).float().square().mean().backward()
+    rows = {
+        "tokenizer B/B, forward + backward": (
+            tokenize, lambda: peer["tokenizer"].train()(x)[0].float().square().mean().backward()),
+        f"DiT-DH-{size}, forward + backward": (
+            lambda: D.flow_loss(net, z, y, 2.83).mean().backward(),
+            lambda: peer["dit"].train()(to_map(z), y).backward()),
+        "perceptual loss, forward + backward": (
+            lambda: perceptual(x, x.detach().roll(1, 0).requires_grad_(True)).backward(),
+            lambda: peer["perceptual"](x, x.detach().roll(1, 0).requires_grad_(True)).backward()),
+        f"sampling DiT-DH-{size}, 10 steps, CFG": (
+            lambda: D.sample(net, z.repeat(2, 1, 1), y.repeat(2), 10, 2.83, cfg=2.0),
+            lambda: peer["dit"].eval().generate(2 * batch, y.repeat(2), cfg=2.0, args=wish)),
+        "Inception features of 16 images": (
+            lambda: inception(photos), lambda: peer["inception"](photos)),
+        "Frechet distance of 2048 features": (  # theirs: eigenvalues of a general matrix
+            lambda: M.frechet_distance(mu, s1, mu, s2),
+            lambda: torch.linalg.eigvals(s1 @ s2).sqrt().real.sum())}
+    print(f"{device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch {batch} "
+          f"(sampling {2 * batch}), median of 3\n{'':44}{'theirs, s':>10}{'ours, s':>10}{'ratio':>8}")
+    rate = [alternate(lambda: a @ a, None)[0] for a in (torch.randn(1024, 1024, device=device),
+                                                        torch.randn(1024, 1024, device=device).bfloat16())]
+    if rate[1] > rate[0]:
+        print("bf16 products are slower than float32 ones on this machine: left out")
+    for name, (ours, theirs) in rows.items():
+        if not any(word in name for word in words):
+            continue
+        for half in (False, True)[:1 if "features" in name or rate[1] > rate[0] else 2]:
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                a, b = alternate(ours, theirs if peer else None)
+            title = name + (", bf16" if half else ", float32")
+            print(f"{title:44}{b:10.3f}{a:10.3f}{a / b:8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["--bench"]:
+        sys.exit("pytest test_all.py tests; python test_all.py --bench [WORD ...] prints the speed table")
+    bench(sys.argv[2:] or [""])

@@ -8,6 +8,7 @@
 Letters: B images, N tokens (row-major, a square grid), K visible tokens, C latent channels, D teacher width.
 METHOD: RecTok, arXiv 2512.13421. Where paper and code differ, the code made the weights and is followed.
 """
+import glob
 import hashlib
 import json
 import math
@@ -250,8 +251,9 @@ def weight_file(name, weights="weights"):
     """Path of a published file: `weights` itself if it is a file, else weights/name, downloaded if absent."""
     if os.path.isfile(weights):
         return weights
-    path = os.path.join(weights, name)
-    if not os.path.exists(path):
+    found = glob.glob(os.path.join(glob.escape(weights), "**", name), recursive=True)       # subfolders too
+    path = found[0] if found else os.path.join(weights, name)
+    if not found:
         url = WEIGHTS.get(name)
         if not url:
             raise FileNotFoundError(f"{path} is missing and cannot be downloaded freely: accept its licence "
