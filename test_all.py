@@ -1085,6 +1085,30 @@ def test_a_dead_rank_takes_the_job_down(tmp_path, tiny_teacher):
     assert done.returncode and "rank 1 is gone" in done.stderr and time.time() - began < 60
 
 
+def test_all_ranks_decide_alike(tmp_path, tiny_teacher):
+    """Only rank 1 sees a loss that is not finite; both skip those steps, and both give up without hanging."""
+    script = tmp_path / "nan.py"
+    script.write_text("import os, sys\nsys.path.insert(0, %r)\nimport train_tokenizer as S1\n"
+                      "kl, bad = S1.kl_loss, os.environ['RANK'] == '1'\n"
+                      "S1.kl_loss = lambda *a: kl(*a) * (float('nan') if bad else 1)\n"
+                      "try:\n    S1.main(sys.argv[1:])\nexcept FloatingPointError as error:\n"
+                      "    print('rank', os.environ['RANK'], error, flush=True)\n" % HERE)
+    done = run(str(script), *tiny(tiny_teacher, tmp_path / "out", "--features", "none"), world=2)
+    for rank in "01":
+        assert f"rank {rank} 3 non-finite steps in a row, the last one 2" in done.stdout, done.stderr
+    assert not (tmp_path / "out/last.pt").exists()
+
+
+def test_stage_two_resumes_on_two_processes(chain, tmp_path):
+    flags = ["--tiny", "--tokenizer", chain / "tok/last.pt", "--batch", "8", "--micro_batch", "2", "--steps",
+             "3", "--eval_num", "128", "--sample_steps", "1", "--out"]
+    for out, *more in (("a", "--stop_at", "2"), ("a",), ("b",)):
+        done = run("train_dit.py", *flags, tmp_path / out, *more, world=2)
+        assert done.returncode == 0, done.stderr
+    a, b = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in "ab")
+    same_state(a, b)
+
+
 def test_no_code_runs_from_files(tmp_path):
     class Code:
         def __reduce__(self):
