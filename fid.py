@@ -9,11 +9,13 @@
 A score means nothing without its reference, N and features, so they are always printed beside it.
 """
 import argparse
+import contextlib
 import json
 import os
 import re
 import sys
 import warnings
+import zipfile
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from tokenizer import ImageFolder, load_named, load_teacher, read_weights, to_float, weight_file
+from tokenizer import ImageFolder, cores, load_named, load_teacher, read_weights, to_float, weight_file
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
@@ -56,6 +58,18 @@ def _e(n):
                   ("branch3x3_2b", 384, 384, *column), ("branch3x3dbl_1", n, 448, 1),
                   ("branch3x3dbl_2", 448, 384, 3, 1, 1), ("branch3x3dbl_3a", 384, 384, *row),
                   ("branch3x3dbl_3b", 384, 384, *column), ("branch_pool", n, 192, 1))
+
+
+@contextlib.contextmanager
+def exact_float32():
+    """No TF32 on CUDA: it would move FID in the third digit."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def tf1_resize(x, size=299):
@@ -163,13 +177,9 @@ class InceptionV3(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images):
-        before = torch.get_float32_matmul_precision()            # TF32 would move FID in the third digit
-        torch.set_float32_matmul_precision("highest")
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_float32():
             pool = self.features(images)[-1]
-            logits = pool @ self.fc.weight.T
-        torch.set_float32_matmul_precision(before)
-        return pool, logits
+            return pool, pool @ self.fc.weight.T
 
 
 # ---------------------------------------------------------------- scores
@@ -195,9 +205,13 @@ class Moments:
                 dist.all_reduce(x)
         if not (self.outer.isfinite().all() and self.n >= 2):
             raise ValueError("non-finite features" if self.n >= 2 else f"{int(self.n)} images: 2 are needed")
+        n, width = int(self.n), len(self.sum)
+        if n < width and os.environ.get("RANK", "0") == "0":
+            warnings.warn(f"{n} images for {width} features: the covariance is singular and the Frechet "
+                          "distance biased upwards; use more images")
         mu = self.sum / self.n
         sigma = (self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)
-        return mu.cpu().numpy(), sigma.cpu().numpy(), int(self.n)
+        return mu.cpu().numpy(), sigma.cpu().numpy(), n
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -259,6 +273,22 @@ class Arrays:
         return torch.from_numpy(self.images[i].transpose(2, 0, 1).copy()), 0
 
 
+def stored_array(path, name):
+    """An array of an npz, mapped from disk where it is not compressed: 50,000 images are 10 GB a process."""
+    with zipfile.ZipFile(path) as file:
+        info = file.getinfo(name + ".npy")
+        with file.open(info) as f:
+            np.lib.format.read_magic(f)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+            header = f.tell()
+    if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
+        return np.load(path, allow_pickle=False)[name]
+    with open(path, "rb") as f:                      # the local file header: 30 bytes, a name, an extra field
+        f.seek(info.header_offset + 26)
+        start = info.header_offset + 30 + sum(np.frombuffer(f.read(4), "<u2").tolist())
+    return np.memmap(path, dtype, "r", start + header, shape)
+
+
 def read(path, image_size=None):
     """Folder or npz -> {"images": data set or None, "image_size"}, and where given mu, sigma, n, features."""
     if os.path.isdir(path):
@@ -268,8 +298,8 @@ def read(path, image_size=None):
         raise FileNotFoundError(f"no folder or npz at {path!r}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            known = {"mu", "sigma", "arr_0", "n", "image_size", "features"}
-            out = {k: file[k] for k in file.files if k in known}
+            known = {"mu", "sigma", "arr_0", "n", "image_size", "features"} & set(file.files)
+            out = {k: stored_array(path, k) if k == "arr_0" else file[k] for k in known}
     except Exception as error:
         raise ValueError(f"{path!r} is no npz free of pickled objects ({type(error).__name__})") from error
     if "arr_0" not in out and not {"mu", "sigma"} <= out.keys():
@@ -294,7 +324,10 @@ class Features:
 
     @torch.inference_mode()
     def __call__(self, images):
-        return self.net(images) if self.inception else (self.net.features(to_float(images))[0], None)
+        if self.inception:
+            return self.net(images)
+        with exact_float32():
+            return self.net.features(to_float(images))[0], None
 
 
 def extract(features, data, device, batch=64, keep=False, workers=0):
@@ -356,11 +389,7 @@ def compare(features, samples, reference, device, batch=64, workers=0):
     if a["logits"] is not None and len(a["logits"]) >= 10:
         scores["IS"], scores["IS_std"] = inception_score(a["logits"])
     if both:
-        scores["precision"], scores["recall"] = precision_recall(b["rows"], a["rows"])
-    for n in (a["n"], b["n"]):
-        if n and n < features.width:
-            warnings.warn(f"{n} images for {features.width} features: the covariance is singular and "
-                          f"{features.score} biased upwards; use more images")
+        scores["precision"], scores["recall"] = precision_recall(b["rows"].to(device), a["rows"].to(device))
     sizes = samples["image_size"], reference["image_size"]
     if all(sizes) and sizes[0] != sizes[1]:
         warnings.warn(f"images of {sizes[0]} px against {sizes[1]} px")
@@ -395,7 +424,7 @@ def main(argv=None):
     samples = read(args.samples, args.image_size)
     reference = None if args.save_stats else read(args.reference, args.image_size)
     features = Features(args.features, args.weights, device)
-    workers = (os.cpu_count() or 1) // world
+    workers = cores()
     rank0 = int(os.environ.get("RANK", 0)) == 0
     if args.save_stats:
         if samples["images"] is None:
@@ -420,5 +449,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"{type(error).__name__}: {error}")

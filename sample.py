@@ -21,15 +21,15 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from dit import latent_statistics, load_dit, sample
-from tokenizer import ImageFolder, fingerprint, latent_shift, load_tokenizer, to_uint8
-from train_tokenizer import progress, sample_noise, save_grid, start
+from tokenizer import ImageFolder, cores, fingerprint, latent_shift, load_tokenizer, to_uint8
+from train_tokenizer import Help, compile_on_cuda, progress, sample_noise, save_grid, start
 
-CHUNK = 100          # samples a file of an unfinished --save: what an interrupted run can lose at most
+CHUNK = 128          # about so many samples a file of an unfinished --save: what an interrupted run can lose
 
 
 def parse(argv=None):
     # --num_samples: a newer torchrun takes --num as short for its own --numa-binding, and refuses it.
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = p.add_argument
     add("--dit", default="out/dit/last.pt", help="checkpoint of stage 2, or the authors' ditdh*.pth")
     add("--tokenizer", help="checkpoint of stage 1 or 1b (default: the one the DiT was trained with)")
@@ -48,6 +48,7 @@ def parse(argv=None):
     add("--trajectory", action="store_true", help="one row a sample, decoded at growing t")
     add("--stats", help="npz: latent mean and std, if the DiT file has none; written from --data if absent")
     add("--data", help="training images, to compute --stats from")
+    add("--no_compile", action="store_true", help="no torch.compile for --save (on by default on CUDA)")
     return p.parse_args(argv)
 
 
@@ -57,9 +58,11 @@ def load(args, device, rank, world):
         raise ValueError(f"need --steps >= 1 and a finite --cfg >= 1, got {args.steps} and {args.cfg}")
     if not 0 <= args.interval[0] < args.interval[1] <= 1:
         raise ValueError(f"--interval {args.interval}: need 0 <= LO < HI <= 1")
-    target = args.save or args.out
-    if not os.access(os.path.dirname(os.path.abspath(target)), os.W_OK):
-        raise ValueError(f"cannot write {target}: its folder does not exist or is read-only")
+    for target in filter(None, (args.save or args.out, args.stats)):
+        if not os.access(os.path.dirname(os.path.abspath(target)), os.W_OK):
+            raise ValueError(f"cannot write {target}: its folder does not exist or is read-only")
+    if args.save and args.save.endswith(".npz") and os.path.exists(args.save):
+        raise ValueError(f"{args.save} is there already: remove it or choose another --save")
     model = load_dit(args.dit).to(device)
     c, extras = model.config, model.extras
     if wrong := [k for k in args.classes or () if not 0 <= k < c.num_classes]:
@@ -67,7 +70,7 @@ def load(args, device, rank, world):
     guide = load_dit(args.guide).to(device) if args.guide else None
     if guide and any(getattr(guide.config, k) != getattr(c, k) for k in ("grid", "channels", "num_classes")):
         raise ValueError(f"--guide {args.guide}: latents of another shape than {args.dit}, or other classes")
-    if guide and guide.extras.get("fingerprint") != extras.get("fingerprint"):
+    if guide and extras and guide.extras and guide.extras["fingerprint"] != extras["fingerprint"]:
         raise ValueError(f"--guide {args.guide} was trained on another tokenizer's latents than {args.dit}")
     path = args.tokenizer or extras.get("tokenizer")
     if not path:
@@ -104,7 +107,7 @@ def statistics(args, extras, tokenizer, device, rank, world):
                          "training images as --data to compute them")
     data = ImageFolder(args.data, tokenizer.config.image_size)
     part = Subset(data, range(rank, len(data), world))
-    part = DataLoader(part, args.batch, num_workers=(os.cpu_count() or 1) // world)
+    part = DataLoader(part, args.batch, num_workers=cores())
     mean, std = latent_statistics(tokenizer, progress(rank, part, desc="latent statistics"))
     if rank == 0 and args.stats:
         with open(args.stats + ".tmp", "wb") as f:
@@ -117,8 +120,6 @@ def save_all(args, recipe, num, labels, make, rank, world):
     """Samples 0..num-1 in chunks; a resumed run keeps finished ones. make(indices) -> uint8 (B, 3, H, W)."""
     npz = args.save.endswith(".npz")
     folder = args.save + ".parts" if npz else args.save
-    if npz and os.path.exists(args.save):
-        raise ValueError(f"{args.save} is there already: remove it or choose another --save")
     os.makedirs(folder, exist_ok=True)
     note = os.path.join(folder, "recipe.json")
     if os.path.exists(note) and json.load(open(note)) != recipe:
@@ -128,7 +129,8 @@ def save_all(args, recipe, num, labels, make, rank, world):
         dist.barrier()
     if rank == 0:
         json.dump(recipe, open(note, "w"))
-    chunks = [range(k, min(num, k + CHUNK)) for k in range(0, num, CHUNK)]
+    size = max(1, CHUNK // args.batch) * args.batch
+    chunks = [range(k, min(num, k + size)) for k in range(0, num, size)]
     part = lambda i: os.path.join(folder, f"{i:06d}.npy" if npz else f"{i:06d}.png")
     mine = [c for c in chunks[rank::world] if not all(os.path.exists(part(i)) for i in (c[:1] if npz else c))]
     for chunk in progress(rank, mine, desc="sample"):
@@ -166,7 +168,7 @@ def main(argv=None):
                   cfg=args.cfg, interval=list(args.interval), solver=args.solver, steps=args.steps,
                   shift=round(shift, 4), seed=args.seed, ema=True,
                   tokenizer=args.tokenizer or model.extras.get("tokenizer"), stats=args.stats,
-                  classes=args.classes or f"{len(classes)} of {c.num_classes}", num=num)
+                  classes=args.classes or f"{len(classes)} of {c.num_classes}", num=num, batch=args.batch)
     if rank == 0:
         print("recipe: " + ", ".join(f"{k} {v}" for k, v in recipe.items()))
 
@@ -179,10 +181,12 @@ def main(argv=None):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 z = sample(model, noise, y, args.steps, shift, args.cfg, args.interval, guide,
                            args.solver, trajectory)
+            with torch.no_grad():                    # pixels in float32: bf16 is coarser than a grey level
                 images.append(to_uint8(tokenizer.decode(z * std + mean)).cpu())
         return torch.cat(images)
 
     if args.save:
+        compile_on_cuda(device, args.no_compile, model, tokenizer.decoder, *filter(None, [guide]))
         save_all(args, recipe, num, labels, make, rank, world)
     elif rank == 0 and args.trajectory:
         args.batch, path = num, []
@@ -203,5 +207,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"{type(error).__name__}: {error}")

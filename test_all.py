@@ -7,16 +7,19 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zlib
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from PIL import Image
 
@@ -352,8 +355,6 @@ def test_config_sizes():
 
 
 def test_decay_groups():
-    plain, decay = S1.optimizer_for(small(), 1e-3).param_groups
-    names = {id(p): n for n, p in small().named_parameters()}
     model = small()
     plain, decay = S1.optimizer_for(model, 1e-3).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
@@ -468,6 +469,23 @@ def test_teacher_reads_the_grid_of_the_tokenizer(tmp_path):
         T.load_teacher("dinov9")
 
 
+def test_one_process_a_machine_downloads(tmp_path, monkeypatch):
+    calls = []
+    def download(url, path, hash_prefix):
+        calls.append((url, hash_prefix))
+        open(path, "w").write("weights")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    path = tmp_path / "weights/vgg16-397923af.pth"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    others = threading.Timer(0.5, lambda: path.write_text("of rank 0"))
+    others.start()
+    assert T.weight_file(path.name, str(path.parent)) == str(path) and not calls   # it waited
+    path.unlink()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    T.weight_file(path.name, str(path.parent))
+    assert calls == [("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")]
+
+
 def test_safetensors(tmp_path):
     w = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1.5, -2], dtype=torch.bfloat16)}
     header, data = {"__metadata__": {"format": "pt"}}, b""
@@ -569,6 +587,28 @@ def test_several_teachers(tmp_path, tiny_teacher):
     assert T.load_tokenizer(str(tmp_path / "last.pt")).config.teacher_dim == (96, 96)
 
 
+def test_networks_compile_to_one_graph():
+    """What torch.compile traces on CUDA, run by Python here: no graph break, any number of visible tokens."""
+    def same(net, *inputs):
+        torch.compiler.reset()
+        compiled = torch.compile(net, fullgraph=True, backend="eager")
+        for x in inputs:
+            torch.manual_seed(0)
+            want = net(*x)
+            torch.manual_seed(0)
+            got = compiled(*x)
+            for a, b in zip(want, got) if isinstance(want, tuple) else [(want, got)]:
+                assert torch.equal(a[0] if isinstance(a, list) else a, b[0] if isinstance(b, list) else b)
+    args, x = S1.parse(["--tiny"]), noise("x", 2, 3, 32, 32)
+    model = small()
+    masks = [T.random_keep(2, 16, ratio) for ratio in (0, 0.2, 0.4)]
+    same(S1.RecTokPass(model, args), *([x, keep, *noise("e", 2, 2, keep.shape[1], 8), torch.rand(2)]
+                                       for keep in masks))
+    same(T.load_teacher("dinov2_vits14_reg", "random"), [noise("x", 1, 3, 64, 64)])
+    same(S1.LPIPS("random"), [x, x.roll(1, 3)])
+    same(fill(small_dit()), [noise("z", 2, 64, 16), torch.rand(2), torch.tensor([0, 10])])
+
+
 def test_decoder_finetuning(tmp_path, tiny_teacher):
     S1.main(tiny(tiny_teacher, tmp_path / "a"))
     S1.main(["--tiny", "--finetune_decoder", str(tmp_path / "a/last.pt"), "--out", str(tmp_path / "b"),
@@ -591,7 +631,10 @@ def test_bad_input_is_named_before_any_work(tmp_path, tiny_teacher):
              (["--data", str(tmp_path), "--teacher", "dinov9"], ValueError, "unknown teacher 'dinov9'"),
              (["--data", str(tmp_path), "--teacher", tiny_teacher], ValueError, "grids do not match"),
              (["--micro_batch", "3"], ValueError, "--micro_batch 3 does not divide"),
-             (["--mask_max", "1.5"], ValueError, "--mask_max 1.5")]
+             (["--mask_max", "1.5"], ValueError, "--mask_max 1.5"),
+             (["--micro_batch", "-8"], ValueError, "--micro_batch -8: must be positive"),
+             (["--shift", "0"], ValueError, "--shift 0.0: must be positive"),
+             (["--ema", "1.5"], ValueError, "--ema 1.5")]
     for flags, kind, says in cases:
         with pytest.raises(kind, match=says):
             S1.main([*flags, "--out", str(tmp_path / "out")])
@@ -745,9 +788,9 @@ def test_samples_depend_on_seed_and_index_alone(chain, tmp_path):
     again, _ = save("two.npz", "--batch", 7, world=2)
     assert np.abs(images.astype(int) - again).max() <= 1                       # rounding of float32 sums
     os.makedirs(tmp_path / "part.npz.parts")  # an interrupted run: chunk 1 is there
-    np.save(tmp_path / "part.npz.parts/000100.npy", np.zeros((100, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "part.npz.parts/000128.npy", np.zeros((82, 32, 32, 3), np.uint8))
     taken, _ = save("part.npz")
-    assert (taken[100:200] == 0).all() and np.array_equal(taken[:100], images[:100])
+    assert (taken[128:] == 0).all() and np.array_equal(taken[:128], images[:128])
     other = run("sample.py", "--dit", chain / "dit/last.pt", "--steps", 2, "--num", 20,
                 "--save", tmp_path / "png")
     assert other.returncode == 0 and len(list((tmp_path / "png").glob("*.png"))) == 20, other.stderr
@@ -809,6 +852,8 @@ def test_frechet_closed_forms():
     assert M.frechet_distance(mu, np.diag(a), mu, np.diag(b)) == pytest.approx(distance)
     x, y = rng.randn(5, 5), rng.randn(5, 5)
     s, t = x @ x.T, y @ y.T
+    root = scipy.linalg.sqrtm(s @ t).real            # as the first implementations of FID computed it
+    assert M.frechet_distance(mu, s, mu, t) == pytest.approx(np.trace(s + t - 2 * root))
     assert abs(M.frechet_distance(mu, s, mu, s)) < 1e-6
     assert M.frechet_distance(mu, s, 2 * mu, t) == pytest.approx(M.frechet_distance(2 * mu, t, mu, s))
     with pytest.raises(ValueError, match="5 features against statistics of 4"):
@@ -873,6 +918,9 @@ def test_bad_metric_input_is_named(tmp_path, tiny_teacher, published):
             with pytest.raises(ValueError, match=says):
                 M.main([str(tmp_path / f"{name}.npz"), str(tmp_path / f"{name}.npz"),
                         "--features", tiny_teacher])
+    np.savez_compressed(tmp_path / "small.npz", arr_0=good + 7)
+    stored, small = (M.read(str(tmp_path / f"{n}.npz"))["images"].images for n in ("good", "small"))
+    assert isinstance(stored, np.memmap) and (stored == 0).all() and (small == 7).all()
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(ValueError, match="text.npz"):
         M.read(str(tmp_path / "text.npz"))
@@ -1092,10 +1140,12 @@ def test_all_ranks_decide_alike(tmp_path, tiny_teacher):
                       "kl, bad = S1.kl_loss, os.environ['RANK'] == '1'\n"
                       "S1.kl_loss = lambda *a: kl(*a) * (float('nan') if bad else 1)\n"
                       "try:\n    S1.main(sys.argv[1:])\nexcept FloatingPointError as error:\n"
-                      "    print('rank', os.environ['RANK'], error, flush=True)\n" % HERE)
+                      "    open(sys.argv[0] + os.environ['RANK'], 'w').write(str(error))\n" % HERE)
     done = run(str(script), *tiny(tiny_teacher, tmp_path / "out", "--features", "none"), world=2)
-    for rank in "01":
-        assert f"rank {rank} 3 non-finite steps in a row, the last one 2" in done.stdout, done.stderr
+    for rank in "01":  # a file each: two ranks' lines on one pipe can interleave
+        said = tmp_path / ("nan.py" + rank)
+        assert said.exists(), done.stderr
+        assert "3 non-finite steps in a row, the last one 2" in said.read_text()
     assert not (tmp_path / "out/last.pt").exists()
 
 
@@ -1209,48 +1259,104 @@ def test_memory_does_not_grow(tmp_path, tiny_teacher):
     assert pages[300] < 1.1 * pages[100], pages
 
 
+# ---------------------------------------------------------------- README.md
+
+def readme():
+    return open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+
+
+def test_readme_points_at_the_right_lines():
+    links = re.findall(r"\[`([\w.]+)`[^]]*\]\((\w+\.py)#L(\d+)\)", readme())
+    for name, file, line in links:
+        text, last = open(os.path.join(HERE, file)).read().split("\n")[int(line) - 1], name.split(".")[-1]
+        assert re.search(rf"(def|class) {last}\b|\b{last} = ", text), (name, line, text)
+    counts = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", readme(), re.M))
+    assert len(links) > 8 and len(counts) == 7
+    for file, lines in counts.items():
+        assert len(open(os.path.join(HERE, file)).readlines()) == int(lines), file
+    for file in re.findall(r"\((assets/[^)]+)\)", readme()):
+        assert os.path.exists(os.path.join(HERE, file)), file
+    for name in re.findall(r"`(test_\w+)`", readme()):
+        assert f"def {name}(" in open(os.path.join(HERE, "test_all.py")).read(), name
+
+
+def readme_commands(folder):
+    """What the README's shell blocks would run: [script, flag, ...] of each python or torchrun call."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", readme(), re.S))
+    stub = "pip() { :; }\npython() { printf '%s\\037' \"$@\"; echo; }\ntorchrun() { shift; python \"$@\"; }\n"
+    done = subprocess.run(["bash", "-e", "-c", stub + blocks], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return [line.split("\037")[:-1] for line in done.stdout.split("\n") if line]
+
+
+def test_readme_commands_are_understood(tmp_path):
+    commands = [c for c in readme_commands(tmp_path) if c[0].endswith(".py")]
+    for script, *flags in commands:
+        {"train_tokenizer.py": S1, "train_dit.py": S2, "sample.py": X, "fid.py": M}[script].parse(flags)
+    assert len(commands) > 60 and ["train_dit.py", "--tiny"] in commands       # the tables' loops included
+
+
+def test_readme_first_command(tmp_path):
+    """The tiny commands as they stand, but a few steps long."""
+    less = {"train_tokenizer.py": ["--steps", "4", "--batch", "8", "--features", "none"], "train_dit.py": [
+        "--steps", "2", "--batch", "8", "--eval_num", "128", "--sample_steps", "1"], "sample.py": []}
+    first = [c for c in readme_commands(tmp_path) if c[0] in less][:3]
+    assert [c[0] for c in first] == list(less)
+    for script, *flags in first:
+        command = [sys.executable, os.path.join(HERE, script), *flags, *less[script]]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "grid.png").size == (784, 392)
+
+
 # ---------------------------------------------------------------- python test_all.py --bench
 
 def alternate(ours, theirs, n=3):
-    """Median seconds of each, run in turn (theirs may be None), after a warm-up."""
+    """Median seconds of each, run in turn (theirs may be None), after a warm-up; once, if over a minute."""
     def timed(f):
         began = time.perf_counter()
         f()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - began
-    pairs = [(timed(ours), timed(theirs) if theirs else math.nan) for _ in range(n + 1)][1:]
-    return [sorted(column)[n // 2] for column in zip(*pairs)]
+    pairs = [(timed(ours), timed(theirs) if theirs else math.nan)]
+    if torch.cuda.is_available() or pairs[0][0] < 60:
+        pairs = [(timed(ours), timed(theirs) if theirs else math.nan) for _ in range(n)]
+    return [sorted(column)[len(pairs) // 2] for column in zip(*pairs)]
 
 
-def bench(words, batch=2):
-    """Time of the parts whose names hold one of `words`, random weights, against the authors' modules where
-    RECTOK_REF names a checkout of github.com/Shi-qingyu/RecTok (needs einops, timm, transformers, torchdiffeq
-    and torchvision)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size, peer, x = ("XL", {}, torch.rand(batch, 3, 256, 256, device=device)) if device.type == "cuda" else (
-        "B", {}, torch.rand(batch, 3, 256, 256))
+def peer_modules(size, file):
+    """The authors' modules with random weights; {} without RECTOK_REF, a checkout of their code (it imports
+    einops, timm, transformers, torchdiffeq, torchvision). Their 11 grid points are our 10 steps."""
+    if not os.environ.get("RECTOK_REF"):
+        return {}
+    sys.path.insert(0, os.environ["RECTOK_REF"])
+    import models.DDT
+    import models.ema
+    import models.rectok
+    import torchvision
+    import utils.losses
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Fidelity
+    losses, (vgg, convnext) = utils.losses, (torchvision.models.vgg16, torchvision.models.convnext_small)
+    losses.LPIPS.load_from_pretrained = lambda self, **kw: None                # nothing is downloaded
+    losses.models.vgg16, losses.models.convnext_small = (lambda **k: vgg()), (lambda **k: convnext())
+    return {"tokenizer": models.rectok.rectok_BB(token_channels=128, mask_ratio=0.0, gamma=0.0),
+            "masked": models.rectok.rectok_BB(token_channels=128),
+            "dit": models.DDT.DiTDDT_models[f"DiTDDT_{size.lower()}"](num_sampling_steps=11),
+            "criterion": losses.ReconstructionLoss(discriminator_start_epoch=0),
+            "inception": Fidelity("inception", ["2048"], feature_extractor_weights_path=file),
+            "ema": models.ema.SimpleEMAModel}
+
+
+def bench_modules(words, device, batch):
+    """Seconds of the parts whose names hold one of `words`."""
+    size, x = "XL" if device.type == "cuda" else "B", torch.rand(batch, 3, 256, 256, device=device)
     z, y = torch.randn(batch, 256, 128, device=device), torch.arange(batch, device=device)
     file = write_inception(os.path.join(tempfile.mkdtemp(), M.INCEPTION))
-    if os.environ.get("RECTOK_REF"):
-        sys.path.insert(0, os.environ["RECTOK_REF"])
-        import models.DDT
-        import models.rectok
-        import torchvision
-        import utils.losses
-        nets, losses = torchvision.models, utils.losses
-        losses.LPIPS.load_from_pretrained = lambda self, **kw: None            # nothing is downloaded
-        vgg, convnext = nets.vgg16, nets.convnext_small
-        losses.models.vgg16, losses.models.convnext_small = (lambda **k: vgg()), (lambda **k: convnext())
-        dit = models.DDT.DiTDDT_models[f"DiTDDT_{size.lower()}"]
-        peer = {"tokenizer": models.rectok.rectok_BB(token_channels=128, mask_ratio=0.0, gamma=0.0),
-                "dit": dit(num_sampling_steps=11),
-                "perceptual": losses.PerceptualLoss("lpips-convnext_s-1.0-0.1").eval()}
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Fidelity
-        peer["inception"] = Fidelity("inception", ["2048"], feature_extractor_weights_path=file)
-        peer = {name: net.to(device) for name, net in peer.items()}
+    peer = {name: m.to(device) if name != "ema" else m for name, m in peer_modules(size, file).items()}
     tokenizer = T.RecTok(T.TokenizerConfig(semantic="none")).to(device)
     net, perceptual = D.DiT(D.DiTConfig(**D.PRESETS[size])).to(device), S1.PerceptualLoss("random").to(device)
+    S1.compile_on_cuda(device, False, tokenizer.encoder, tokenizer.decoder, net, perceptual)
     inception, photos = M.InceptionV3(file).to(device), (x.repeat(8, 1, 1, 1) * 255).to(torch.uint8)
     mu, (s1, s2) = torch.zeros(2048), (noise(n, 5000, 2048).double() for n in "ab")
     s1, s2 = s1.T @ s1 / 5000, s2.T @ s2 / 5000
@@ -1261,6 +1367,7 @@ def bench(words, batch=2):
         mean, logvar = tokenizer.encode(x)
         z = mean + (logvar / 2).exp() * torch.randn_like(mean)
         tokenizer.decode(z).float().square().mean().backward()
+    theirs = peer and peer["criterion"].perceptual_loss
     rows = {
         "tokenizer B/B, forward + backward": (
             tokenize, lambda: peer["tokenizer"].train()(x)[0].float().square().mean().backward()),
@@ -1268,8 +1375,8 @@ def bench(words, batch=2):
             lambda: D.flow_loss(net, z, y, 2.83).mean().backward(),
             lambda: peer["dit"].train()(to_map(z), y).backward()),
         "perceptual loss, forward + backward": (
-            lambda: perceptual(x, x.detach().roll(1, 0).requires_grad_(True)).backward(),
-            lambda: peer["perceptual"](x, x.detach().roll(1, 0).requires_grad_(True)).backward()),
+            lambda: perceptual(x, x.roll(1, 0).requires_grad_(True)).backward(),
+            lambda: theirs(x, x.roll(1, 0).requires_grad_(True)).mean().backward()),
         f"sampling DiT-DH-{size}, 10 steps, CFG": (
             lambda: D.sample(net, z.repeat(2, 1, 1), y.repeat(2), 10, 2.83, cfg=2.0),
             lambda: peer["dit"].eval().generate(2 * batch, y.repeat(2), cfg=2.0, args=wish)),
@@ -1278,20 +1385,122 @@ def bench(words, batch=2):
         "Frechet distance of 2048 features": (  # theirs: eigenvalues of a general matrix
             lambda: M.frechet_distance(mu, s1, mu, s2),
             lambda: torch.linalg.eigvals(s1 @ s2).sqrt().real.sum())}
-    print(f"{device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch {batch} "
-          f"(sampling {2 * batch}), median of 3\n{'':44}{'theirs, s':>10}{'ours, s':>10}{'ratio':>8}")
     rate = [alternate(lambda: a @ a, None)[0] for a in (torch.randn(1024, 1024, device=device),
                                                         torch.randn(1024, 1024, device=device).bfloat16())]
     if rate[1] > rate[0]:
         print("bf16 products are slower than float32 ones on this machine: left out")
-    for name, (ours, theirs) in rows.items():
+    for name, pair in rows.items():
         if not any(word in name for word in words):
             continue
         for half in (False, True)[:1 if "features" in name or rate[1] > rate[0] else 2]:
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                a, b = alternate(ours, theirs if peer else None)
+                a, b = alternate(pair[0], pair[1] if peer else None)
             title = name + (", bf16" if half else ", float32")
             print(f"{title:44}{b:10.3f}{a:10.3f}{a / b:8.2f}", flush=True)
+
+
+def bench_loading(folder):
+    """Images/s of one loader process: ours, and the plain way to the same pixels, float and normalised."""
+    rng = np.random.RandomState(0)
+    for i in range(128):                             # as ImageNet's: 500 x 375 pixels, about 110 kB
+        soft = Image.fromarray(rng.randint(0, 256, (24, 32, 3), np.uint8)).resize((500, 375))
+        grain = rng.normal(0, 10, (375, 500, 3))
+        Image.fromarray((soft + grain).clip(0, 255).astype(np.uint8)).save(f"{folder}/{i}.jpg", quality=90)
+    data = T.ImageFolder(folder, 256)
+
+    class Plain:
+        def __len__(self):
+            return len(data)
+
+        def __getitem__(self, i):
+            image = Image.open(os.fsdecode(data.paths[i])).convert("RGB").resize((341, 256), Image.BICUBIC)
+            pixels = np.array(image)[:, 42:298]      # ADM's crop of 500 x 375, as published
+            x = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div(255)
+            return (x - 0.5) / 0.5, 0
+    assert torch.equal(T.to_float(data[0][0]), Plain()[0][0])
+    ours, plain = alternate(*(lambda d=d: list(torch.utils.data.DataLoader(d, 64, num_workers=1))
+                              for d in (data, Plain())), n=5)
+    print(f"{'loading 500 x 375 JPEG, images/s of one core':44}{128 / plain:10.0f}{128 / ours:10.0f}"
+          f"{ours / plain:8.2f}   ({os.path.getsize(data.paths[0]) / 1e3:.0f} kB each)", flush=True)
+
+
+def bench_steps(folder, device, batch):
+    """Training steps of both stages, images/s and peak GB: our trainers as they are, data loading and all,
+    steps 11 to 20; theirs as their loops take a step, with the images on the device already and our VFM."""
+    size = "XL" if device.type == "cuda" else "B"
+    flags = ["--batch", batch, "--micro_batch", batch, "--steps", 10 ** 5, "--stop_at", 21]
+    os.makedirs(f"{folder}/data")
+    for i in range(64):
+        Image.fromarray(T.Shapes(256, 64)[i][0].permute(1, 2, 0).numpy()).save(f"{folder}/data/{i}.jpg")
+    found = {}
+    for script, out, more in (
+            ("train_tokenizer.py", "tok", ["--random_weights", "--features", "none", "--gan_start", 0]),
+            ("train_dit.py", "dit", ["--tokenizer", f"{folder}/tok/last.pt", "--size", size,
+                                     "--sample_steps", 1])):
+        command = [sys.executable, os.path.join(HERE, script), "--data", f"{folder}/data", "--out",
+                   f"{folder}/{out}", *flags, *more]
+        subprocess.run([str(c) for c in command], check=True, stderr=subprocess.DEVNULL)
+        columns, _, row = (line.split(",") for line in open(f"{folder}/{out}/log.csv").read().split()[:3])
+        found[out] = {k: float(v or "nan") for k, v in zip(columns, row)}
+    peer, theirs, memory = peer_modules(size, write_inception(f"{folder}/{M.INCEPTION}")), {}, {}
+    x, y = torch.rand(batch, 3, 256, 256, device=device), torch.arange(batch, device=device)
+    for out in ("dit", "tok") if peer else ():
+        net = peer["masked" if out == "tok" else "dit"].to(device).train()
+        optimizer, ema = torch.optim.AdamW(p for p in net.parameters() if p.requires_grad), peer["ema"](net)
+        tokenizer = peer["tokenizer"].to(device if out == "dit" else "cpu").eval()
+        if out == "tok":
+            criterion = peer["criterion"].to(device)
+            teacher = T.load_teacher("dinov3_vitl16", "random").to(device)
+            d_optimizer = torch.optim.AdamW(criterion.discriminator.parameters())
+
+        def step():
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                if out == "tok":
+                    teacher(x)
+                    made, extra = net(x)
+                    real, fake = x * 0.5 + 0.5, made * 0.5 + 0.5
+                    loss, _ = criterion(real, fake, 0, extra["posteriors"])
+                else:
+                    with torch.no_grad():
+                        z = tokenizer.tokenize(x, sampling=True)
+                    loss = net(z, y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 3.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(net)
+            if out == "tok":
+                d_loss, _ = criterion(real, fake, 0, mode="discriminator")
+                d_loss.backward()
+                d_optimizer.step()
+                d_optimizer.zero_grad()
+            loss.item()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        theirs[out] = batch / alternate(step, None)[0]
+        memory[out] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else math.nan
+        net.to("cpu")
+        optimizer = ema = None                       # nothing of one stage may count in the other's memory
+    for out, name in (("tok", "stage 1 step"), ("dit", f"stage 2 step, {size}")):
+        a, b = found[out], theirs.get(out, math.nan)
+        print(f"{f'{name}, batch {batch}, images/s':44}{b:10.2f}{a['images_per_s']:10.2f}"
+              f"{b / a['images_per_s']:8.2f}   (mfu {a['mfu']:.2f}, peak GB {memory.get(out, math.nan):.1f} "
+              f"theirs, {a['memory_gb']:.1f} ours)", flush=True)
+
+
+def bench(words):
+    """The speed table, rows whose names hold one of `words`; steps only on CUDA or when asked for by name."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = 32 if device.type == "cuda" else 2
+    print(f"{device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch {batch} "
+          f"(sampling {2 * batch}), median of 3, seconds\n{'':44}{'theirs':>10}{'ours':>10}{'ratio':>8}")
+    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
+        if any(word in "loading" for word in words):
+            bench_loading(a)
+        if "step" in words or device.type == "cuda" and "" in words:
+            bench_steps(b, device, 64 if device.type == "cuda" else 2)
+    if words != ["step"] and words != ["loading"]:
+        bench_modules(words, device, batch)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import time
 import warnings
 import zipfile
 from dataclasses import dataclass, replace
@@ -33,11 +34,14 @@ def center_crop(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    if round(image.width * scale) * round(image.height * scale) > (Image.MAX_IMAGE_PIXELS or math.inf):
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(f"{image.width} x {image.height} pixels are too long and narrow to scale up")
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (width - size) // 2, (height - size) // 2
+    # Pillow scales along x, rounds, then along y: cropping in between gives the same pixels sooner.
+    image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    image = image.crop((left, 0, left + size, image.height))
+    return image.resize((size, height), Image.Resampling.BICUBIC).crop((0, top, size, top + size))
 
 
 class ImageFolder:
@@ -92,10 +96,10 @@ class ImageFolder:
                 self.named.add(path)
         else:
             raise ValueError(f"100 unreadable images in a row in {self.root!r}, the last one {path!r}")
-        pixels = np.asarray(image)
         if self.flip and np.random.default_rng((self.seed, epoch, i)).random() < 0.5:
-            pixels = pixels[:, ::-1]
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), int(self.labels[(i + j) % len(self)])
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a view: collating makes it contiguous
+        return pixels, int(self.labels[(i + j) % len(self)])
 
 
 class Shapes:
@@ -133,6 +137,12 @@ class Shapes:
         shape = 0.15 + 0.6 * np.clip(np.abs(hue % 6 - 3) - 1, 0, 1)
         ground = rng.uniform(0.75, 0.95)
         return torch.from_numpy(np.round(255 * (ground + cover * (shape - ground))).astype(np.uint8)), label
+
+
+def cores():
+    """CPU cores for this process's loaders: what the machine grants, divided among its processes."""
+    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, granted // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def to_float(images):
@@ -188,9 +198,9 @@ def axial_rope(coords, freqs):
 
 def rotate(x, rope):
     """x cos + swap(x) sin; swap sends adjacent channels (a, b) to (-b, a). x (B, N, 2, heads, d)."""
-    cos, sin = rope.to(x.dtype)[..., None, None, :]                         # ([B,] N, 1, 1, d)
+    cos, sin = rope[..., None, None, :]                                     # ([B,] N, 1, 1, d), float32
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return x * cos + torch.stack((-b, a), -1).flatten(-2) * sin
+    return (x * cos + torch.stack((-b, a), -1).flatten(-2) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -199,8 +209,8 @@ class Attention(nn.Module):
         if width % heads or width // heads % 4:
             raise ValueError(f"width {width} over {heads} heads: the head width must be a multiple of 4")
         self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.q_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x, rope=None):
         """x (B, N, W), rope (2, N, d) or (2, B, N, d) -> (B, N, W)."""
@@ -252,6 +262,8 @@ def weight_file(name, weights="weights"):
     if os.path.isfile(weights):
         return weights
     found = glob.glob(os.path.join(glob.escape(weights), "**", name), recursive=True)       # subfolders too
+    if len(found) > 1:
+        raise ValueError(f"several files of that name, keep one: {', '.join(sorted(found))}")
     path = found[0] if found else os.path.join(weights, name)
     if not found:
         url = WEIGHTS.get(name)
@@ -260,11 +272,14 @@ def weight_file(name, weights="weights"):
                                     "at ai.meta.com (resources, dinov3-downloads) and put the file there, "
                                     "or use the free --teacher dinov2_vitl14")
         os.makedirs(weights, exist_ok=True)
+        while os.environ.get("LOCAL_RANK", "0") != "0" and not os.path.exists(path):
+            time.sleep(1)  # one process a machine downloads; if it fails, torchrun ends the others
         try:                                                     # to a temporary file first, then renamed
-            torch.hub.download_url_to_file(url, path,
-                                           hash_prefix=(re.findall(r"-([0-9a-f]{8})\.", name) or [None])[-1])
+            if not os.path.exists(path):
+                hashes = re.findall(r"-([0-9a-f]{8})\.", name)
+                torch.hub.download_url_to_file(url, path, hash_prefix=hashes[-1] if hashes else None)
         except Exception as error:
-            raise RuntimeError(f"could not download {url} ({error}); put it at {path} yourself") from error
+            raise OSError(f"could not download {url} ({error}); put it at {path} yourself") from error
     return path
 
 

@@ -28,11 +28,11 @@ from tqdm import tqdm
 from dit import PRESETS, DiT, DiTConfig, flow_loss, latent_statistics, sample
 from fid import (Features, Moments, check_statistics, extract, frechet_distance, gather, inception_score,
                  read)
-from tokenizer import (fingerprint, latent_shift, load_named, load_tokenizer, read_weights, to_float,
+from tokenizer import (cores, fingerprint, latent_shift, load_named, load_tokenizer, read_weights, to_float,
                        to_uint8)
-from train_tokenizer import (catch_signals, clip_and_agree, count_bad, flops, guard, key, loader, log_row,
-                             matmul_rate, micro_batch, open_data, progress, resume, sample_noise, save,
-                             save_grid, speed_row, start, update_ema, workers)
+from train_tokenizer import (Help, bf16_on_cuda, catch_signals, clip_and_agree, compile_on_cuda, count_bad,
+                             flops, guard, key, loader, log_row, matmul_rate, micro_batch, open_data,
+                             progress, resume, sample_noise, save, save_grid, speed_row, start, update_ema)
 
 
 def lr_at(progress, peak, final=0.1, flat=0.05):
@@ -49,17 +49,19 @@ def draw(args, num_classes, z_shape, y, seed, device):
 
 
 @torch.no_grad()
-def generate(ema, tokenizer, stats, seed, indices, y, **how):
+def generate(ema, tokenizer, stats, seed, indices, y, autocast, **how):
     """Images in [-1, 1] of the samples `indices` of classes y (B,); how: the arguments of dit.sample."""
     noise = sample_noise(seed, indices, ema.config.grid ** 2, ema.config.channels).to(y.device)
-    z = sample(ema, noise, y, **how)
+    with autocast():
+        z = sample(ema, noise, y, **how)
     return tokenizer.decode(z * stats[1] + stats[0])
 
 
 @torch.no_grad()
 def evaluate(make, features, head, num, num_classes, reference, device, rank, world):
     """Scores of `num` class-balanced samples, each process its share: FID (FD on other features) against
-    reference = (mu, sigma), IS, and with a class head the share that it takes for the class asked for."""
+    reference = (mu, sigma), IS, and with a class head the share that it takes for the class asked for.
+    make(indices, labels) -> images in [-1, 1]."""
     moments, logits, hits = Moments(features.width, device), [], torch.zeros((), device=device)
     mine = range(rank, num, world)
     parts = [mine[k:k + 64] for k in range(0, len(mine), 64)]
@@ -73,7 +75,7 @@ def evaluate(make, features, head, num, num_classes, reference, device, rank, wo
         dist.all_reduce(hits)
     mu, sigma, _ = moments.result()
     scores = {features.score: frechet_distance(mu, sigma, *reference)}
-    if features.inception:
+    if features.inception and num >= 10:
         scores["IS"] = inception_score(gather(logits, num, world))[0]
     return scores | ({"agreement": hits.item() / num} if head else {})
 
@@ -82,14 +84,14 @@ def open_metrics(args, tokenizer_path, held_out, device):
     """-> features, class head or None, reference statistics; nothing where there is no --reference."""
     if args.reference is None:
         return None, None, None
-    tiny = args.reference == "shapes"                # the tiny teacher and drawn shapes stand in
-    file = os.path.join(os.path.dirname(tokenizer_path), "teacher.pt")
-    features = Features(file if tiny else args.features, args.weights, device)
-    head, state = None, read_weights(file)["head"] if tiny else None
-    if tiny:
+    beside = os.path.join(os.path.dirname(tokenizer_path), "teacher.pt")
+    name = beside if args.features == "tiny" else args.features
+    features, head = Features(name, args.weights, device), None
+    state = read_weights(name).get("head") if os.path.isfile(name) else None      # a teacher.pt of --tiny
+    if state:
         head = nn.Linear(features.width, len(state["bias"])).to(device)
         head.load_state_dict(state)
-    source = {"images": held_out} if tiny else read(args.reference, held_out.size)
+    source = {"images": held_out} if args.reference == "shapes" else read(args.reference, held_out.size)
     check_statistics(features, source)
     if "mu" not in source:
         source["mu"], source["sigma"], *_ = extract(features, source["images"], device, workers=args.workers)
@@ -99,11 +101,11 @@ def open_metrics(args, tokenizer_path, held_out, device):
 # ---------------------------------------------------------------- flags
 
 TINY = dict(data="shapes", size="nano", steps=900, batch=64, lr=1e-3, ema=0.99, workers=0, save_every=200,
-            sample_every=500, cfg=2.0, sample_steps=20, reference="shapes", eval_num=512)
+            sample_every=500, cfg=2.0, sample_steps=20, reference="shapes", features="tiny", eval_num=512)
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = p.add_argument_group("run").add_argument
     add("--tiny", action="store_true", help="on the tokenizer of stage 1's --tiny: minutes on a laptop")
     add("--data", default="data/imagenet/train", help="root/class/*.jpg; 'shapes' draws its own")
@@ -131,16 +133,17 @@ def parse(argv=None):
     add("--eval_every", type=int, default=50000, help="steps between scores of EMA samples (and at the end)")
     add("--eval_num", type=int, default=50000, help="samples of a score")
     add("--reference", help="npz or image folder for gFID (default: no scores); 'shapes' draws its own")
-    add("--features", default="inception", help="of gFID: inception, or a teacher (then gFD)")
+    add("--features", default="inception", help="of gFID: inception, or a teacher or its file (gFD)")
     add("--weights", default="weights", help="folder of published files; free ones download into it")
-    add("--cfg", type=float, default=1.0, help="guidance of those samples")
+    add("--cfg", type=float, default=1.0, help="guidance of those samples; above 1, scores with and without")
     add("--sample_steps", type=int, default=49, help="Euler steps of those samples")
     add("--workers", type=int, help="loader processes of each process (default: its share of the cores)")
     add("--no_compile", action="store_true", help="no torch.compile (on by default on CUDA)")
+    add("--float32", action="store_true", help="no bf16 and no TF32 (on by default on CUDA)")
     first, _ = p.parse_known_args(argv)
     p.set_defaults(**(TINY if first.tiny else {}))
     args = p.parse_args(argv)
-    args.micro_batch, args.workers = micro_batch(args), workers(args)
+    args.micro_batch, args.workers = micro_batch(args), cores() if args.workers is None else args.workers
     if not 1 <= args.cfg < math.inf or args.eval_num < 2 or not 0 <= args.label_dropout < 1:
         raise ValueError(f"--cfg {args.cfg} --eval_num {args.eval_num} --label_dropout {args.label_dropout}: "
                          "need a finite cfg >= 1, at least 2 samples, and a share below 1")
@@ -150,7 +153,7 @@ def parse(argv=None):
 # ---------------------------------------------------------------- main
 
 COLUMNS = ["step", "epoch", "lr", "loss", "grad_norm", "unreadable", "images_per_s", "mfu", "memory_gb"]
-SCORES = ["FID", "FD", "IS", "agreement"]
+SCORES = [name + guided for guided in ("", "_cfg") for name in ("FID", "FD", "IS", "agreement")]
 
 
 def main(argv=None):
@@ -162,7 +165,6 @@ def main(argv=None):
     tokenizer = load_tokenizer(args.tokenizer).to(device).requires_grad_(False)
     config, mark = tokenizer.config, fingerprint(tokenizer)
     shift = latent_shift(config.grid ** 2, config.channels) if args.shift == "auto" else float(args.shift)
-    how = dict(steps=args.sample_steps, shift=shift, cfg=args.cfg)
     data, plain, held_out, _ = open_data(args.data, config.image_size, args.seed)
     steps = args.steps or math.ceil(args.epochs * len(data) / args.batch)
     last = min(steps, args.stop_at or steps)
@@ -172,19 +174,21 @@ def main(argv=None):
         raise ValueError(f"{args.out} was trained on the latents of another tokenizer than {args.tokenizer} "
                          f"(fingerprint {file['fingerprint'][:8]}, now {mark[:8]})")
     if file and file["step"] >= last:
-        return rank == 0 and print(f"{args.out} is at step {file['step']} of {steps}: nothing to do")
+        if rank == 0:
+            print(f"{args.out} is at step {file['step']} of {steps}: nothing to do")
+        return
     first, streak = file["step"] if file else 0, 0
     images_of = loader(data, args, first, last, rank, world, device)  # forks while the process is small
+    features, head, reference = open_metrics(args, args.tokenizer, held_out, device)
     if file:
         stats = file["latent_mean"].to(device), file["latent_std"].to(device)
     else:                                            # without flips; each rank its share of the images
         part = DataLoader(Subset(plain, range(rank, len(plain), world)), 64, num_workers=args.workers)
         stats = latent_statistics(tokenizer, progress(rank, part, desc="latent statistics"))
 
-    features, head, reference = open_metrics(args, args.tokenizer, held_out, device)
-
     # networks
     num_classes = data.num_classes
+    torch.manual_seed(args.seed)                     # whatever was drawn for the tokenizer's layers
     model = DiT(DiTConfig(config.grid, config.channels, num_classes=num_classes, qk_norm=args.qk_norm,
                           **PRESETS[args.size])).to(device)
     model.grad_checkpoint = args.grad_checkpoint
@@ -207,20 +211,22 @@ def main(argv=None):
     z, one = torch.zeros(1, config.grid ** 2, config.channels, device=device), torch.zeros(1, device=device)
     per_image = 3 * flops(model, z, one, one.long()) + flops(tokenizer.encode, x)  # FLOPs, backward included
     rate, net = matmul_rate(device), model
-    if device.type == "cuda" and not args.no_compile:
-        net.compile()
+    if rank == 0:
+        print(f"{per_image / 1e9:.1f} GFLOP an image; matrix rate {rate / 1e12:.3g} TFLOP/s")
+    compile_on_cuda(device, args.no_compile, net, tokenizer.encoder)
     if world > 1:
-        net = DDP(net)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+        net = DDP(net, gradient_as_bucket_view=True)
+    autocast = bf16_on_cuda(device, args.float32)
 
     accumulate = args.batch // (args.micro_batch * world)
     columns = min(8, num_classes)  # the picture: one class a column, the same noise every time
     show = torch.tensor([i % columns * (num_classes // columns) for i in range(8 * columns)], device=device)
 
-    def make(indices, y):
-        with autocast():
-            return generate(ema, tokenizer, stats, args.seed, indices, y, **how)
-    stop, bar, began = catch_signals(), progress(rank, total=last, initial=first, desc="stage 2"), time.time()
+    def make(indices, y, cfg=args.cfg):
+        return generate(ema, tokenizer, stats, args.seed, indices, y, autocast, steps=args.sample_steps,
+                        shift=shift, cfg=cfg)
+    stop, bar = catch_signals(), progress(rank, total=last, initial=first, desc="stage 2")
+    began, logged = time.time(), first
 
     for step in range(first, last):
         lr = lr_at(step / steps, args.lr)
@@ -253,23 +259,26 @@ def main(argv=None):
         done = step + 1
         bar.update()
         if rank == 0 and (done % args.save_every == 0 and not bad or done == last or leave):
-            weights = {"model": model.state_dict(), "model_ema": ema.state_dict(),
-                       "config": asdict(model.config), "args": vars(args), "step": done,
-                       "latent_mean": stats[0].cpu(), "latent_std": stats[1].cpu(),
-                       "tokenizer": os.path.abspath(args.tokenizer), "fingerprint": mark}
-            save(os.path.join(args.out, "last.pt"), weights | {"optimizer": optimizer.state_dict()})
+            small = {"model": model.state_dict(), "model_ema": ema.state_dict(),
+                     "config": asdict(model.config), "args": vars(args), "step": done,
+                     "latent_mean": stats[0].cpu(), "latent_std": stats[1].cpu(),
+                     "tokenizer": os.path.abspath(args.tokenizer), "fingerprint": mark}
+            save(os.path.join(args.out, "last.pt"), small | {"optimizer": optimizer.state_dict()})
             if done % (10 * args.save_every) == 0 or done == last:
-                save(os.path.join(args.out, f"step_{done}.pt"), weights)
+                save(os.path.join(args.out, f"step_{done}.pt"), small)
         if rank == 0 and (done % args.sample_every == 0 or done == last) and not leave:
             save_grid(os.path.join(args.out, f"step_{done}.png"), make(range(len(show)), show), columns)
         scores = {}
         if features and (done % args.eval_every == 0 or done == steps) and not leave:
-            scores = evaluate(make, features, head, args.eval_num, num_classes, reference, device, rank,
-                              world)
-            if rank == 0:
-                tqdm.write(", ".join(f"{k} {v:.4f}" for k, v in scores.items())
-                           + f" (step {done}, EMA, {args.eval_num} samples, {args.sample_steps} Euler steps, "
-                           f"CFG {args.cfg}, seed {args.seed}; reference {args.reference}, {features.name})")
+            for cfg in sorted({1.0, args.cfg}):      # without guidance, and with
+                found = evaluate(functools.partial(make, cfg=cfg), features, head, args.eval_num, num_classes,
+                                 reference, device, rank, world)
+                scores |= {k + "_cfg" * (cfg > 1): v for k, v in found.items()}
+                if rank == 0:
+                    tqdm.write(", ".join(f"{k} {v:.4f}" for k, v in found.items())
+                               + f" (step {done}, EMA, {args.eval_num} samples, {args.sample_steps} Euler "
+                               f"steps, CFG {cfg}, seed {args.seed}; reference {args.reference}, "
+                               f"{features.name})")
         if done % 10 == 0 or scores:
             logs = torch.cat([logs / world, count_bad(data, device)])
             if world > 1:
@@ -277,7 +286,8 @@ def main(argv=None):
             if rank == 0:
                 loss, unreadable = logs.tolist()
                 values = [done, done * args.batch / len(data), lr, loss, norms[0], int(unreadable)]
-                speed = speed_row(began, (done - first) * args.batch, per_image, rate, world, device)
+                speed = speed_row(began, (done - logged) * args.batch, per_image, rate, world, device)
+                began, logged = time.time(), done
                 log_row(args.out, COLUMNS + SCORES, dict(zip(COLUMNS, values)) | speed | scores)
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if leave:
@@ -291,5 +301,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, FloatingPointError, RuntimeError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -33,9 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from fid import Features, Moments, frechet_distance, gather, inception_score
-from tokenizer import (DINO, SIZES, ImageFolder, RecTok, Shapes, Teacher, TokenizerConfig, flow, latent_shift,
-                       load_named, load_teacher, load_tokenizer, random_keep, read_weights, sample_time,
-                       to_float, to_uint8, weight_file)
+from tokenizer import (DINO, SIZES, ImageFolder, RecTok, Shapes, Teacher, TokenizerConfig, cores, flow,
+                       latent_shift, load_named, load_teacher, load_tokenizer, random_keep, read_weights,
+                       sample_time, to_float, to_uint8, weight_file)
 
 
 # ---------------------------------------------------------------- losses (all reductions in float32)
@@ -265,10 +265,13 @@ def batches(length, batch, micro, seed, first, last, rank=0, world=1):
 def micro_batch(args):
     """Images a process and pass: --micro_batch, or the largest divisor of the process's share up to 64."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("batch", "epochs", "steps", "stop_at", "save_every", "eval_every", "sample_every",
-                 "sample_steps"):
-        if vars(args).get(name) is not None and vars(args)[name] <= 0:
-            raise ValueError(f"--{name} {vars(args)[name]}: must be positive")
+    for name in ("batch", "micro_batch", "epochs", "steps", "stop_at", "save_every", "eval_every",
+                 "sample_every", "sample_steps", "lr", "shift"):
+        value = vars(args).get(name)
+        if value not in (None, "auto") and float(value) <= 0:
+            raise ValueError(f"--{name} {value}: must be positive")
+    if not 0 <= args.ema < 1:
+        raise ValueError(f"--ema {args.ema}: need 0 <= ema < 1")
     share, rest = divmod(args.batch, world)
     if rest:
         raise ValueError(f"--batch {args.batch} is not divisible among {world} processes")
@@ -276,12 +279,6 @@ def micro_batch(args):
     if share % micro:
         raise ValueError(f"--micro_batch {micro} does not divide the {share} images of each process a step")
     return micro
-
-
-def workers(args):
-    """Loader processes: --workers, or this process's share of the machine's cores."""
-    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, share) if args.workers is None else args.workers
 
 
 def deaf(_):
@@ -325,8 +322,9 @@ def guard(bad, streak, args, step, rank, terms):
     if rank == 0:
         tqdm.write(f"step {step}: non-finite loss or gradient, skipped; {terms}")
     if streak + 1 >= args.max_bad_steps:
-        raise FloatingPointError(f"{streak + 1} non-finite steps in a row, the last one {step}: {terms}; the "
-                                 f"last good checkpoint is {os.path.join(args.out, 'last.pt')}")
+        path = os.path.join(args.out, "last.pt")
+        raise FloatingPointError(f"{streak + 1} non-finite steps in a row, the last one {step}: {terms}; " + (
+            f"the last good checkpoint is {path}" if os.path.exists(path) else "nothing was saved before"))
     return streak + 1
 
 
@@ -375,7 +373,29 @@ def resume(args, rank):
         with open(log + ".tmp", "w", newline="") as f:
             csv.writer(f).writerows(keep)
         os.replace(log + ".tmp", log)
+    if dist.is_initialized():
+        steps = [None] * dist.get_world_size()
+        dist.all_gather_object(steps, file["step"] if file else 0)
+        if len(set(steps)) > 1:
+            raise ValueError(f"processes find different steps in {args.out} ({sorted(set(steps))}): "
+                             "it must be one folder that all machines see")
     return file
+
+
+def bf16_on_cuda(device, switched_off):
+    """-> the autocast of training, to be called; --float32 also switches TF32 off."""
+    if switched_off:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+    enabled = device.type == "cuda" and not switched_off
+    return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=enabled)
+
+
+def compile_on_cuda(device, switched_off, *nets):
+    """torch.compile of each net's forward, where it pays. A number of tokens that varies becomes a dynamic
+    dimension: bucketed lengths would need fewer kernels, but change the distribution of mask ratios."""
+    for net in nets if device.type == "cuda" and not switched_off else ():
+        net.compile()
 
 
 @torch.no_grad()
@@ -399,7 +419,8 @@ def matmul_rate(device):
 
 
 def speed_row(began, images, per_image, rate, world, device):
-    """Log columns: images/s, their share of the machine's matrix rate, peak memory of a device (GB)."""
+    """Log columns: images/s since the row before (a checkpoint, scores, compilation between count too), their
+    share of the machine's matrix rate, peak memory of a device (GB)."""
     speed = images / (time.time() - began)
     memory = {"memory_gb": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {}
     return {"images_per_s": speed, "mfu": speed * per_image / (rate * world)} | memory
@@ -478,7 +499,7 @@ def evaluate(model, data, device, rank, world, features=None, lpips=None, worker
     if features:
         (mu, sigma, _), (fake_mu, fake_sigma, _) = (m.result() for m in moments)
         scores["r" + features.score] = frechet_distance(fake_mu, fake_sigma, mu, sigma)
-    if features and features.inception:
+    if features and features.inception and len(data) >= 10:
         scores["IS"] = inception_score(gather(logits, len(data), world))[0]
     return scores
 
@@ -562,7 +583,7 @@ def picture(path, model, images, teacher, noise):
         def predicted(t):
             out = model.predict(flow(z, noise, torch.full((len(z),), t, device=z.device)))
             return F.normalize((out[0] if isinstance(out, list) else out).float(), dim=-1)
-        real = F.normalize(teacher(images).float(), dim=-1)
+        real = F.normalize(teacher.forward(images).float(), dim=-1)            # not the compiled one
         center = real.mean((0, 1))
         basis = torch.linalg.svd((real - center).flatten(0, 1), full_matrices=False).Vh[:3].T      # (D, 3)
         spread = ((real - center) @ basis).std((0, 1))
@@ -608,8 +629,16 @@ FINETUNE = dict(  # --finetune_decoder: stage 1b
     gan_start=0.0, epochs=100, warmup=0.05)
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help with the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
+        return action.help + ("" if silent else " [%(default)s]")
+
+
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = p.add_argument_group("run").add_argument
     add("--tiny", action="store_true", help="drawn shapes, a small model and teacher: minutes on a laptop")
     add("--data", default="data/imagenet/train", help="root/class/*.jpg or root/*.jpg; 'shapes' draws them")
@@ -660,8 +689,9 @@ def parse(argv=None):
     add("--save_every", type=int, default=5000, help="steps between last.pt and pictures; milestones: 10 x")
     add("--eval_every", type=int, default=12500, help="steps between evaluations (about 10 ImageNet epochs)")
     add("--workers", type=int, help="loader processes of each process (default: its share of the cores)")
-    add("--features", default="inception", help="of rFID: inception, a teacher (then rFD), or none")
+    add("--features", default="inception", help="of rFID: inception, a teacher or its file (rFD), or none")
     add("--no_compile", action="store_true", help="no torch.compile (on by default on CUDA)")
+    add("--float32", action="store_true", help="no bf16 and no TF32 (on by default on CUDA)")
     first, _ = p.parse_known_args(argv)
     p.set_defaults(**(TINY if first.tiny else {}))
     if first.finetune_decoder:
@@ -676,9 +706,12 @@ def resolve(args):
     config = TokenizerConfig(args.image_size or 256, args.patch_size, args.channels, args.encoder,
                              args.decoder, args.semantic)
     args.shift = latent_shift(config.grid ** 2, args.channels) if args.shift == "auto" else float(args.shift)
+    if args.random_weights:
+        args.weights = "random"
     if args.lr is None:
         args.lr = (5e-5 if args.finetune_decoder else 1e-4) * args.batch / 256
-    args.micro_batch, args.workers = micro_batch(args), workers(args)
+    args.micro_batch = None if args.eval_only else micro_batch(args)
+    args.workers = cores() if args.workers is None else args.workers
     if not 0 <= args.mask_max < 1 or args.mask_min > args.mask_max:
         raise ValueError(f"--mask_min {args.mask_min} --mask_max {args.mask_max}: "
                          "need min <= max, and 0 <= max < 1")
@@ -690,7 +723,9 @@ def open_data(root, size, seed=0, val=None):
     if root == "shapes":
         return (Shapes(size, 1_000_000, seed + 2), Shapes(size, 4096, seed + 2), Shapes(size, 1024, 1),
                 "held-out shapes")
-    train, plain = (ImageFolder(root, size, flip, seed) for flip in (True, False))
+    train = ImageFolder(root, size, True, seed)
+    plain = copy(train)                              # the folder is walked once
+    plain.flip, plain.bad = False, torch.zeros_like(train.bad)
     beside = os.path.join(os.path.dirname(os.path.abspath(root)), "val")
     if val or os.path.isdir(beside) and not os.path.samefile(beside, root):
         return train, plain, ImageFolder(val or beside, size), f"images of {val or beside}"
@@ -702,8 +737,7 @@ def open_teachers(args, device):
     if args.semantic == "none":
         return []
     names = [os.path.join(args.out, "teacher.pt")] if args.teacher == "tiny" else args.teacher.split(",")
-    weights = "random" if args.random_weights else args.weights
-    teachers = [load_teacher(name, weights).to(device) for name in names]
+    teachers = [load_teacher(name, args.weights).to(device) for name in names]
     for name, teacher in zip(names, teachers):
         if teacher.stride != args.patch_size:
             raise ValueError(f"teacher {name} has a token every {teacher.stride} pixels, the tokenizer every "
@@ -716,7 +750,7 @@ def open_features(args, device, folder):
     if args.features == "none":
         return None
     name = os.path.join(folder, "teacher.pt") if args.features == "tiny" else args.features
-    return Features(name, "random" if args.random_weights else args.weights, device)
+    return Features(name, args.weights, device)
 
 
 def optimizer_for(model, lr):
@@ -742,7 +776,6 @@ def main(argv=None):
     args = parse(argv)
     device, rank, world = start()
     torch.manual_seed(args.seed)
-    weights = "random" if args.random_weights else args.weights
     if args.random_weights and rank == 0:
         print("WARNING: --random_weights: teacher, perceptual loss and scores mean NOTHING; for timing only")
 
@@ -754,7 +787,7 @@ def main(argv=None):
     size = config.image_size if source else args.image_size or 256
     data, plain, held_out, held_out_name = open_data(args.data, size, args.seed, args.val)
     if args.eval_only:
-        lpips = LPIPS(weights).to(device) if args.w_perceptual else None
+        lpips = LPIPS(args.weights).to(device) if args.w_perceptual else None
         features = open_features(args, device, os.path.dirname(source))
         assess(load_tokenizer(source, config).to(device), args, plain, held_out, f"{held_out_name}, {source}",
                features, lpips, device, rank, world)
@@ -764,7 +797,9 @@ def main(argv=None):
     os.makedirs(args.out, exist_ok=True)
     file = resume(args, rank)
     if file and file["step"] >= last:
-        return rank == 0 and print(f"{args.out} is at step {file['step']} of {steps}: nothing to do")
+        if rank == 0:
+            print(f"{args.out} is at step {file['step']} of {steps}: nothing to do")
+        return
     first, streak = file["step"] if file else 0, 0
     images_of = loader(data, args, first, last, rank, world, device)  # forks while the process is small
 
@@ -779,7 +814,8 @@ def main(argv=None):
     if world > 1:
         dist.barrier()
     teachers, features = open_teachers(args, device), open_features(args, device, args.out)
-    perceptual_loss = PerceptualLoss(weights).to(device) if args.w_perceptual else None
+    layout = dict(memory_format=torch.channels_last)  # convolutions run faster on it, CPU and GPU alike
+    perceptual_loss = PerceptualLoss(args.weights).to(device, **layout) if args.w_perceptual else None
     if source:  # raw weights go on from the raw ones, the EMA from the EMA
         shape = replace(config, semantic="none")
         model, ema = (load_tokenizer(source, shape, ema=e).to(device).train() for e in (False, True))
@@ -791,7 +827,7 @@ def main(argv=None):
                                        args.decoder, args.semantic, dims)).to(device)
         ema = deepcopy(model)
     ema.requires_grad_(False)
-    config, discriminator = model.config, PatchGAN(args.gan_width).to(device)
+    config, discriminator = model.config, PatchGAN(args.gan_width).to(device, **layout)
     optimizer, d_optimizer = optimizer_for(model, args.lr), optimizer_for(discriminator, args.lr)
     if file:
         for part, name in ((model, "model"), (ema, "model_ema"), (discriminator, "discriminator")):
@@ -810,21 +846,24 @@ def main(argv=None):
     # FLOPs an image: trained networks count 3 forwards, frozen ones that pass it a gradient 2, others 1.
     x = torch.zeros(1, 3, size, size, device=device)
     keep, *draws = draw(args, config, 1, 0, device)
-    per_image = 3 * flops(step_pass, x, keep, *draws) + sum(flops(teacher, x) for teacher in teachers) \
+    per_image = 3 * flops(step_pass, x, keep, *draws) - (2 * flops(model.encode, x) if source else 0) \
+        + sum(flops(teacher, x) for teacher in teachers) \
         + (1.5 * flops(perceptual_loss, x, x) if perceptual_loss else 0)           # real image 1, fake 2
     per_image_gan, rate = (2 + 3 + 3) * flops(discriminator, x), matmul_rate(device)
-    if device.type == "cuda" and not args.no_compile:
-        step_pass.compile()  # the number of visible tokens becomes a dynamic dimension
+    if rank == 0:
+        print(f"{per_image / 1e9:.1f} GFLOP an image, {per_image_gan / 1e9:.1f} more with the GAN; "
+              f"matrix rate {rate / 1e12:.3g} TFLOP/s")
+    compile_on_cuda(device, args.no_compile, step_pass, *teachers, *filter(None, [perceptual_loss]))
     if world > 1:
-        step_pass, d_net = DDP(step_pass), DDP(discriminator)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+        step_pass, d_net = (DDP(net, gradient_as_bucket_view=True) for net in (step_pass, discriminator))
+    autocast = bf16_on_cuda(device, args.float32)
 
     accumulate = args.batch // (args.micro_batch * world)
     show = to_float(torch.stack([held_out[i][0] for i in range(min(8, len(held_out)))])).to(device)
     show_noise = torch.randn(len(show), config.grid ** 2, config.channels,
                              generator=torch.Generator().manual_seed(args.seed)).to(device)
     stop = catch_signals()
-    bar, began = progress(rank, total=last, initial=first, desc="stage 1"), time.time()
+    bar, began, logged = progress(rank, total=last, initial=first, desc="stage 1"), time.time(), first
 
     for step in range(first, last):
         lr = lr_at(step / steps, args.lr, args.warmup)
@@ -839,8 +878,8 @@ def main(argv=None):
                 targets = [teacher(images) for teacher in teachers]
                 keep, eps, noise, t = draw(args, config, len(images), key(args.seed, step, rank, m), device)
                 mean, logvar, predicted, reconstruction = step_pass(images, keep, eps, noise, t)
-            hidden = torch.ones(len(images), config.grid ** 2, device=device).scatter(1, keep, 0.0)
-            hidden = hidden if args.target == "hidden" else None  # 1 = hidden from the encoder
+            hidden = None if args.target == "all" else torch.ones(  # 1 = hidden from the encoder
+                len(images), config.grid ** 2, device=device).scatter(1, keep, 0.0)
             real, fake = images * 0.5 + 0.5, reconstruction.float() * 0.5 + 0.5
 
             pixel = F.mse_loss(fake, real)
@@ -882,13 +921,13 @@ def main(argv=None):
         done = step + 1
         bar.update()
         if rank == 0 and (done % args.save_every == 0 and not bad or done == last or leave):
-            weights = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config),
-                       "args": vars(args), "step": done}
-            save(os.path.join(args.out, "last.pt"), weights | {
+            small = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config),
+                     "args": vars(args), "step": done}
+            save(os.path.join(args.out, "last.pt"), small | {
                 "discriminator": discriminator.state_dict(), "optimizer": optimizer.state_dict(),
                 "d_optimizer": d_optimizer.state_dict()})
             if done % (10 * args.save_every) == 0 or done == last:
-                save(os.path.join(args.out, f"step_{done}.pt"), weights)
+                save(os.path.join(args.out, f"step_{done}.pt"), small)
             if not leave:
                 picture(os.path.join(args.out, f"step_{done}.png"), ema, show,
                         teachers[0] if teachers else None, show_noise)
@@ -904,8 +943,9 @@ def main(argv=None):
                 *terms, unreadable = logs.tolist()
                 values = [done, done * args.batch / len(data), lr, *terms, *(norms + [0.0])[:2],
                           int(unreadable)]
-                speed = speed_row(began, (done - first) * args.batch, per_image + gan_on * per_image_gan,
+                speed = speed_row(began, (done - logged) * args.batch, per_image + gan_on * per_image_gan,
                                   rate, world, device)
+                began, logged = time.time(), done
                 log_row(args.out, COLUMNS + SCORES, dict(zip(COLUMNS, values)) | speed | scores)
                 bar.set_postfix(refresh=False, loss=f"{terms[0]:.3f}", mse=f"{terms[1]:.4f}",
                                 semantic=f"{terms[5]:.3f}")
@@ -920,5 +960,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, FloatingPointError, RuntimeError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         sys.exit(f"{type(error).__name__}: {error}")
