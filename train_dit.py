@@ -213,7 +213,9 @@ def main(argv=None):
     rate, net = matmul_rate(device), model
     if rank == 0:
         print(f"{per_image / 1e9:.1f} GFLOP an image; matrix rate {rate / 1e12:.3g} TFLOP/s")
-    compile_on_cuda(device, args.no_compile, net, tokenizer.encoder)
+    # Checkpointed blocks compile one by one: older versions of DDP refuse a graph with checkpoints in it.
+    compile_on_cuda(device, args.no_compile, tokenizer.encoder,
+                    *(model.blocks if args.grad_checkpoint else [model]))
     if world > 1:
         net = DDP(net, gradient_as_bucket_view=True)
     autocast = bf16_on_cuda(device, args.float32)

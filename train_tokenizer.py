@@ -48,7 +48,8 @@ class LPIPS(nn.Module):
         super().__init__()
         layers, width = [], 3
         for out in self.LAYERS:
-            layers += [nn.MaxPool2d(2)] if out == "pool" else [nn.Conv2d(width, out, 3, padding=1), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if out == "pool" else [nn.Conv2d(width, out, 3, padding=1),
+                                                               nn.ReLU(inplace=True)]
             width = width if out == "pool" else out
         self.features = nn.Sequential(*layers)                   # torchvision's names, up to relu5_3
         self.heads = nn.ParameterList(torch.rand(1, c, 1, 1) / c for c in (64, 128, 256, 512, 512))
@@ -60,7 +61,7 @@ class LPIPS(nn.Module):
             load_named(self.heads, {n[3]: w for n, w in read_weights(path).items()}, path)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        self.requires_grad_(False)
+        self.requires_grad_(False).to(memory_format=torch.channels_last)
 
     def unit_features(self, images):
         x, out = (images - self.shift) / self.scale, []
@@ -73,8 +74,9 @@ class LPIPS(nn.Module):
     def forward(self, target, prediction):
         with torch.no_grad():
             real = self.unit_features(target)
-        return sum(((a - b) ** 2 * w).sum(1).mean((1, 2))
-                   for a, b, w in zip(real, self.unit_features(prediction), self.heads))
+        fake = self.unit_features(prediction)
+        with torch.autocast(target.device.type, enabled=False):  # the heads are 1x1 convolutions, in float32
+            return sum(F.conv2d((a - b) ** 2, w).mean((1, 2, 3)) for a, b, w in zip(real, fake, self.heads))
 
 
 class ConvNeXt(nn.Module):
@@ -124,7 +126,7 @@ class PerceptualLoss(nn.Module):
             load_named(self.convnext, read_weights(path), path)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
-        self.requires_grad_(False)
+        self.requires_grad_(False).to(memory_format=torch.channels_last)
 
     def logits(self, images):
         x = F.interpolate(images, size=224, mode="bilinear", antialias=True)
@@ -155,7 +157,7 @@ class PatchGAN(nn.Module):
             layers += [nn.Conv2d(width, 2 * width, 4, stride, 1, bias=False), BatchNorm(2 * width),
                        nn.LeakyReLU(0.2)]
             width *= 2
-        self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
+        self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1)).to(memory_format=torch.channels_last)
 
     def forward(self, images):
         return self.main(images)
@@ -814,8 +816,7 @@ def main(argv=None):
     if world > 1:
         dist.barrier()
     teachers, features = open_teachers(args, device), open_features(args, device, args.out)
-    layout = dict(memory_format=torch.channels_last)  # convolutions run faster on it, CPU and GPU alike
-    perceptual_loss = PerceptualLoss(args.weights).to(device, **layout) if args.w_perceptual else None
+    perceptual_loss = PerceptualLoss(args.weights).to(device) if args.w_perceptual else None
     if source:  # raw weights go on from the raw ones, the EMA from the EMA
         shape = replace(config, semantic="none")
         model, ema = (load_tokenizer(source, shape, ema=e).to(device).train() for e in (False, True))
@@ -827,7 +828,7 @@ def main(argv=None):
                                        args.decoder, args.semantic, dims)).to(device)
         ema = deepcopy(model)
     ema.requires_grad_(False)
-    config, discriminator = model.config, PatchGAN(args.gan_width).to(device, **layout)
+    config, discriminator = model.config, PatchGAN(args.gan_width).to(device)
     optimizer, d_optimizer = optimizer_for(model, args.lr), optimizer_for(discriminator, args.lr)
     if file:
         for part, name in ((model, "model"), (ema, "model_ema"), (discriminator, "discriminator")):
