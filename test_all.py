@@ -1227,6 +1227,29 @@ def test_hostile_images(tmp_path, tiny_teacher):
 
 
 @slow
+def test_compiled_networks_train_alike_on_two_processes(tmp_path, tiny_teacher):
+    """What a GPU runs, but for its kernels: DDP splits the compiled graphs, masks vary, gradients accumulate."""
+    script = tmp_path / "compiled.py"
+    script.write_text("import sys\nsys.path.insert(0, %r)\nimport train_tokenizer as S1, train_dit as S2\n"
+                      "if sys.argv.pop(1) == 'compiled':\n"
+                      "    S1.compile_on_cuda = S2.compile_on_cuda = lambda device, off, *nets: [\n"
+                      "        net.compile(backend='aot_eager') for net in nets]\n"
+                      "(S1 if sys.argv.pop(1) == '1' else S2).main(sys.argv[1:])\n" % HERE)
+    logs = []
+    for way in ("compiled", "plain"):
+        tok, dit = tmp_path / way / "tok", tmp_path / way / "dit"
+        one = run(str(script), way, 1, *tiny(tiny_teacher, tok, "--features", "none", "--steps", "10", "--batch",
+                                             "16", "--micro_batch", "4"), world=2)
+        two = run(str(script), way, 2, "--tiny", "--tokenizer", tok / "last.pt", "--out", dit, "--steps", "3",
+                  "--batch", "16", "--micro_batch", "4", "--eval_num", "2", "--sample_steps", "1",
+                  "--grad_checkpoint", world=2)
+        assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+        logs.append([[float(x or 0) for x in log_rows(out / "log.csv")[-1]] for out in (tok, dit)])
+    for a, b in zip(*logs):
+        assert np.allclose(a[:15], b[:15], rtol=1e-3, atol=1e-5), (a, b)
+
+
+@slow
 def test_kill_at_twenty_moments(tmp_path, tiny_teacher):
     """kill -9 at 20 random moments of a run that saves every third step: always resumable, little lost."""
     flags = tiny(tiny_teacher, tmp_path, "--features", "none", "--steps", "100000", "--save_every", "3")

@@ -138,7 +138,7 @@ def parse(argv=None):
     add("--cfg", type=float, default=1.0, help="guidance of those samples; above 1, scores with and without")
     add("--sample_steps", type=int, default=49, help="Euler steps of those samples")
     add("--workers", type=int, help="loader processes of each process (default: its share of the cores)")
-    add("--no_compile", action="store_true", help="no torch.compile (on by default on CUDA)")
+    add("--no_compile", action="store_true", help="no torch.compile (on CUDA it is on, from torch 2.9)")
     add("--float32", action="store_true", help="no bf16 and no TF32 (on by default on CUDA)")
     first, _ = p.parse_known_args(argv)
     p.set_defaults(**(TINY if first.tiny else {}))
@@ -213,9 +213,9 @@ def main(argv=None):
     rate, net = matmul_rate(device), model
     if rank == 0:
         print(f"{per_image / 1e9:.1f} GFLOP an image; matrix rate {rate / 1e12:.3g} TFLOP/s")
-    # Checkpointed blocks compile one by one: older versions of DDP refuse a graph with checkpoints in it.
-    compile_on_cuda(device, args.no_compile, tokenizer.encoder,
-                    *(model.blocks if args.grad_checkpoint else [model]))
+    compile_on_cuda(device, args.no_compile, model, tokenizer.encoder)
+    if args.grad_checkpoint:  # older versions of DDP cannot split a graph with checkpoints in it
+        torch._dynamo.config.optimize_ddp = False
     if world > 1:
         net = DDP(net, gradient_as_bucket_view=True)
     autocast = bf16_on_cuda(device, args.float32)

@@ -395,8 +395,9 @@ def bf16_on_cuda(device, switched_off):
 
 def compile_on_cuda(device, switched_off, *nets):
     """torch.compile of each net's forward, where it pays. A number of tokens that varies becomes a dynamic
-    dimension: bucketed lengths would need fewer kernels, but change the distribution of mask ratios."""
-    for net in nets if device.type == "cuda" and not switched_off else ():
+    dimension: bucketed lengths would need fewer kernels, but change the distribution of mask ratios. Not
+    before torch 2.9: 2.6 gave other gradients with it under DDP (seen with Inductor on a CPU)."""
+    for net in nets if device.type == "cuda" and not switched_off and torch.__version__ >= (2, 9) else ():
         net.compile()
 
 
@@ -692,7 +693,7 @@ def parse(argv=None):
     add("--eval_every", type=int, default=12500, help="steps between evaluations (about 10 ImageNet epochs)")
     add("--workers", type=int, help="loader processes of each process (default: its share of the cores)")
     add("--features", default="inception", help="of rFID: inception, a teacher or its file (rFD), or none")
-    add("--no_compile", action="store_true", help="no torch.compile (on by default on CUDA)")
+    add("--no_compile", action="store_true", help="no torch.compile (on CUDA it is on, from torch 2.9)")
     add("--float32", action="store_true", help="no bf16 and no TF32 (on by default on CUDA)")
     first, _ = p.parse_known_args(argv)
     p.set_defaults(**(TINY if first.tiny else {}))
