@@ -48,7 +48,8 @@ def parse(argv=None):
     add("--trajectory", action="store_true", help="one row a sample, decoded at growing t")
     add("--stats", help="npz: latent mean and std, if the DiT file has none; written from --data if absent")
     add("--data", help="training images, to compute --stats from")
-    add("--no_compile", action="store_true", help="no torch.compile for --save (on CUDA it is on, from torch 2.9)")
+    add("--no_compile", action="store_true",
+        help="no torch.compile for --save (on CUDA, from torch 2.9, it is on)")
     return p.parse_args(argv)
 
 

@@ -1228,7 +1228,7 @@ def test_hostile_images(tmp_path, tiny_teacher):
 
 @slow
 def test_compiled_networks_train_alike_on_two_processes(tmp_path, tiny_teacher):
-    """What a GPU runs, but for its kernels: DDP splits the compiled graphs, masks vary, gradients accumulate."""
+    """What a GPU runs but for its kernels: DDP splits compiled graphs, masks vary, gradients accumulate."""
     script = tmp_path / "compiled.py"
     script.write_text("import sys\nsys.path.insert(0, %r)\nimport train_tokenizer as S1, train_dit as S2\n"
                       "if sys.argv.pop(1) == 'compiled':\n"
@@ -1238,8 +1238,8 @@ def test_compiled_networks_train_alike_on_two_processes(tmp_path, tiny_teacher):
     logs = []
     for way in ("compiled", "plain"):
         tok, dit = tmp_path / way / "tok", tmp_path / way / "dit"
-        one = run(str(script), way, 1, *tiny(tiny_teacher, tok, "--features", "none", "--steps", "10", "--batch",
-                                             "16", "--micro_batch", "4"), world=2)
+        one = run(str(script), way, 1, *tiny(tiny_teacher, tok, "--features", "none", "--steps", "10",
+                                             "--batch", "16", "--micro_batch", "4"), world=2)
         two = run(str(script), way, 2, "--tiny", "--tokenizer", tok / "last.pt", "--out", dit, "--steps", "3",
                   "--batch", "16", "--micro_batch", "4", "--eval_num", "2", "--sample_steps", "1",
                   "--grad_checkpoint", world=2)
@@ -1334,17 +1334,19 @@ def test_readme_first_command(tmp_path):
 
 # ---------------------------------------------------------------- python test_all.py --bench
 
-def alternate(ours, theirs, n=3):
-    """Median seconds of each, run in turn (theirs may be None), after a warm-up; once, if over a minute."""
+def alternate(ours, theirs):
+    """Median seconds of each, run in turn (theirs may be None): a warm-up, then 1 to 9 rounds in a minute."""
     def timed(f):
         began = time.perf_counter()
         f()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - began
-    pairs = [(timed(ours), timed(theirs) if theirs else math.nan)]
-    if torch.cuda.is_available() or pairs[0][0] < 60:
-        pairs = [(timed(ours), timed(theirs) if theirs else math.nan) for _ in range(n)]
+
+    def pair():
+        return timed(ours), timed(theirs) if theirs else math.nan
+    first = pair()
+    pairs = [pair() for _ in range(min(9, int(60 / np.nansum(first))))] or [first]
     return [sorted(column)[len(pairs) // 2] for column in zip(*pairs)]
 
 
@@ -1442,7 +1444,7 @@ def bench_loading(folder):
             return (x - 0.5) / 0.5, 0
     assert torch.equal(T.to_float(data[0][0]), Plain()[0][0])
     ours, plain = alternate(*(lambda d=d: list(torch.utils.data.DataLoader(d, 64, num_workers=1))
-                              for d in (data, Plain())), n=5)
+                              for d in (data, Plain())))
     print(f"{'loading 500 x 375 JPEG, images/s of one core':44}{128 / plain:10.0f}{128 / ours:10.0f}"
           f"{ours / plain:8.2f}   ({os.path.getsize(data.paths[0]) / 1e3:.0f} kB each)", flush=True)
 
@@ -1516,7 +1518,7 @@ def bench(words):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = 32 if device.type == "cuda" else 2
     print(f"{device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch {batch} "
-          f"(sampling {2 * batch}), median of 3, seconds\n{'':44}{'theirs':>10}{'ours':>10}{'ratio':>8}")
+          f"(sampling {2 * batch}), seconds\n{'':44}{'theirs':>10}{'ours':>10}{'ratio':>8}")
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
         if any(word in "loading" for word in words):
             bench_loading(a)

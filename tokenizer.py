@@ -190,17 +190,21 @@ def gather_tokens(x, index):
 # ---------------------------------------------------------------- transformer parts (also used by dit.py)
 
 def axial_rope(coords, freqs):
-    """coords (grid,), freqs (d/2,) -> cos, sin (2, grid^2, d): rows turn the first d/2, columns the rest."""
+    """coords (grid,), freqs (d/2,) -> cos, sin (2, grid^2, d): rows turn the first d/2, columns the rest.
+
+    The sine carries the sign of rotate: adjacent channels (a, b) become (a cos - b sin, b cos + a sin).
+    """
     angle = (coords[:, None] * freqs).expand(len(coords), -1, -1)  # (grid, grid, d/2), varies along dim 1
     angle = torch.cat([angle.transpose(0, 1), angle], -1).flatten(0, 1)     # (N, d)
-    return torch.stack([angle.cos(), angle.sin()])
+    sign = torch.tensor([-1.0, 1.0], device=angle.device).repeat(angle.shape[1] // 2)
+    return torch.stack([angle.cos(), sign * angle.sin()])
 
 
 def rotate(x, rope):
-    """x cos + swap(x) sin; swap sends adjacent channels (a, b) to (-b, a). x (B, N, 2, heads, d)."""
+    """x cos + (x, adjacent channels swapped) sin, in float32. x (B, N, 2, heads, d), rope from axial_rope."""
     cos, sin = rope[..., None, None, :]                                     # ([B,] N, 1, 1, d), float32
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return (x * cos + torch.stack((-b, a), -1).flatten(-2) * sin).to(x.dtype)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 class Attention(nn.Module):
