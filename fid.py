@@ -16,6 +16,7 @@ import re
 import sys
 import warnings
 import zipfile
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -58,6 +59,19 @@ def _e(n):
                   ("branch3x3_2b", 384, 384, *column), ("branch3x3dbl_1", n, 448, 1),
                   ("branch3x3dbl_2", 448, 384, 3, 1, 1), ("branch3x3dbl_3a", 384, 384, *row),
                   ("branch3x3dbl_3b", 384, 384, *column), ("branch_pool", n, 192, 1))
+
+
+def start():
+    """-> device, rank, world size. torchrun's environment decides; without it, one process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world, nccl = int(os.environ.get("WORLD_SIZE", 1)), {}
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_float32_matmul_precision("high")
+        nccl = dict(device_id=torch.device("cuda", torch.cuda.current_device()))
+    if world > 1 and not dist.is_initialized():      # an hour: all wait while rank 0 writes a checkpoint
+        dist.init_process_group("nccl" if nccl else "gloo", timeout=timedelta(hours=1), **nccl)
+    return device, int(os.environ.get("RANK", 0)), world
 
 
 @contextlib.contextmanager
@@ -415,31 +429,25 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device, rank, world = start()
     samples = read(args.samples, args.image_size)
     reference = None if args.save_stats else read(args.reference, args.image_size)
     features = Features(args.features, args.weights, device)
     workers = cores()
-    rank0 = int(os.environ.get("RANK", 0)) == 0
     if args.save_stats:
         if samples["images"] is None:
             raise ValueError(f"{args.samples} holds statistics already")
         mu, sigma, n, *_ = extract(features, samples["images"], device, args.batch, workers=workers)
-        if rank0:
+        if rank == 0:
             size = samples["image_size"]
             np.savez(args.save_stats, mu=mu, sigma=sigma, n=n, image_size=size, features=features.name)
             print(f"wrote {args.save_stats}: {n} images of {size} px, {args.features} features")
     else:
         scores = compare(features, samples, reference, device, args.batch, workers)
         scores |= {"samples": args.samples, "reference": args.reference}
-        if rank0 and args.json:
+        if rank == 0 and args.json:
             print(json.dumps(scores))
-        elif rank0:
+        elif rank == 0:
             print("\n".join(f"{name:>12}  {value if not isinstance(value, float) else f'{value:.4f}'}"
                             for name, value in scores.items()))
     if world > 1:

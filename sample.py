@@ -21,8 +21,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from dit import latent_statistics, load_dit, sample
+from fid import start
 from tokenizer import ImageFolder, cores, fingerprint, latent_shift, load_tokenizer, to_uint8
-from train_tokenizer import Help, compile_on_cuda, progress, sample_noise, save_grid, start
+from train_tokenizer import Help, compile_on_cuda, progress, sample_noise, save_grid
 
 CHUNK = 128          # about so many samples a file of an unfinished --save: what an interrupted run can lose
 
@@ -129,7 +130,12 @@ def save_all(args, recipe, num, labels, make, rank, world):
     if world > 1:
         dist.barrier()
     if rank == 0:
-        json.dump(recipe, open(note, "w"))
+        with open(note, "w") as f:
+            json.dump(recipe, f)
+    if world > 1:
+        dist.barrier()
+    if not os.path.exists(note):
+        raise ValueError(f"{folder} is not the same folder for all processes: all machines must see it")
     size = max(1, CHUNK // args.batch) * args.batch
     chunks = [range(k, min(num, k + size)) for k in range(0, num, size)]
     part = lambda i: os.path.join(folder, f"{i:06d}.npy" if npz else f"{i:06d}.png")
@@ -164,6 +170,8 @@ def main(argv=None):
     columns = c.num_classes if args.save else min(8, c.num_classes)
     classes = args.classes or [k * c.num_classes // columns for k in range(columns)]
     num = args.num or (50000 if args.save else len(classes) if args.trajectory else 4 * len(classes))
+    if args.trajectory and num > args.batch:
+        raise ValueError(f"--trajectory draws its {num} samples at once: at most --batch {args.batch}")
     labels = [classes[i % len(classes)] for i in range(num)]
     recipe = dict(dit=os.path.abspath(args.dit), step=model.extras.get("step"), guide=args.guide,
                   cfg=args.cfg, interval=list(args.interval), solver=args.solver, steps=args.steps,
@@ -190,7 +198,7 @@ def main(argv=None):
         compile_on_cuda(device, args.no_compile, model, tokenizer.decoder, *filter(None, [guide]))
         save_all(args, recipe, num, labels, make, rank, world)
     elif rank == 0 and args.trajectory:
-        args.batch, path = num, []
+        path = []
         make(range(num), path)
         path = [path[i * (len(path) - 1) // 7] for i in range(8)] if len(path) > 8 else path
         with torch.no_grad():

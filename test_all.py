@@ -593,10 +593,8 @@ def test_networks_compile_to_one_graph():
         torch.compiler.reset()
         compiled = torch.compile(net, fullgraph=True, backend="eager")
         for x in inputs:
-            torch.manual_seed(0)
-            want = net(*x)
-            torch.manual_seed(0)
-            got = compiled(*x)
+            with torch.autocast("cpu", torch.bfloat16):
+                want, got = net(*x), compiled(*x)
             for a, b in zip(want, got) if isinstance(want, tuple) else [(want, got)]:
                 assert torch.equal(a[0] if isinstance(a, list) else a, b[0] if isinstance(b, list) else b)
     args, x = S1.parse(["--tiny"]), noise("x", 2, 3, 32, 32)
@@ -605,7 +603,7 @@ def test_networks_compile_to_one_graph():
     same(S1.RecTokPass(model, args), *([x, keep, *noise("e", 2, 2, keep.shape[1], 8), torch.rand(2)]
                                        for keep in masks))
     same(T.load_teacher("dinov2_vits14_reg", "random"), [noise("x", 1, 3, 64, 64)])
-    same(S1.LPIPS("random"), [x, x.roll(1, 3)])
+    same(S1.PerceptualLoss("random"), [x, x.roll(1, 3)])
     same(fill(small_dit()), [noise("z", 2, 64, 16), torch.rand(2), torch.tensor([0, 10])])
 
 
@@ -1228,7 +1226,7 @@ def test_hostile_images(tmp_path, tiny_teacher):
 
 @slow
 def test_compiled_networks_train_alike_on_two_processes(tmp_path, tiny_teacher):
-    """What a GPU runs but for its kernels: DDP splits compiled graphs, masks vary, gradients accumulate."""
+    """DDP splits the compiled graphs, masks vary, gradients accumulate (traced, in float32: no Inductor)."""
     script = tmp_path / "compiled.py"
     script.write_text("import sys\nsys.path.insert(0, %r)\nimport train_tokenizer as S1, train_dit as S2\n"
                       "if sys.argv.pop(1) == 'compiled':\n"

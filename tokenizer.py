@@ -507,7 +507,7 @@ def load_teacher(name, weights="weights"):
     *shape, file = TEACHERS[name]
     net = DINO(*shape)
     if weights != "random":
-        weights, face = weights or "weights", os.path.join(weights or "weights", f"{name}.safetensors")
+        face = os.path.join(weights, f"{name}.safetensors")
         path = face if os.path.isfile(face) else weight_file(file, weights)
         net.load_published(read_weights(path), path)
     return Teacher(net, 16, (0.5,) * 3, (0.5,) * 3) if name.startswith("siglip") else Teacher(net)

@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 from dit import PRESETS, DiT, DiTConfig, flow_loss, latent_statistics, sample
 from fid import (Features, Moments, check_statistics, extract, frechet_distance, gather, inception_score,
-                 read)
+                 read, start)
 from tokenizer import (cores, fingerprint, latent_shift, load_named, load_tokenizer, read_weights, to_float,
                        to_uint8)
 from train_tokenizer import (Help, bf16_on_cuda, catch_signals, clip_and_agree, compile_on_cuda, count_bad,
                              flops, guard, key, loader, log_row, matmul_rate, micro_batch, open_data,
-                             progress, resume, sample_noise, save, save_grid, speed_row, start, update_ema)
+                             progress, resume, sample_noise, save, save_grid, speed_row, update_ema)
 
 
 def lr_at(progress, peak, final=0.1, flat=0.05):
@@ -139,7 +139,7 @@ def parse(argv=None):
     add("--sample_steps", type=int, default=49, help="Euler steps of those samples")
     add("--workers", type=int, help="loader processes of each process (default: its share of the cores)")
     add("--no_compile", action="store_true", help="no torch.compile (on CUDA it is on, from torch 2.9)")
-    add("--float32", action="store_true", help="no bf16 and no TF32 (on by default on CUDA)")
+    add("--float32", action="store_true", help="compute in float32 where CUDA otherwise takes bf16 and TF32")
     first, _ = p.parse_known_args(argv)
     p.set_defaults(**(TINY if first.tiny else {}))
     args = p.parse_args(argv)
@@ -210,14 +210,14 @@ def main(argv=None):
     x = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
     z, one = torch.zeros(1, config.grid ** 2, config.channels, device=device), torch.zeros(1, device=device)
     per_image = 3 * flops(model, z, one, one.long()) + flops(tokenizer.encode, x)  # FLOPs, backward included
-    rate, net = matmul_rate(device), model
+    rate, net = matmul_rate(device, args.float32), model
     if rank == 0:
         print(f"{per_image / 1e9:.1f} GFLOP an image; matrix rate {rate / 1e12:.3g} TFLOP/s")
     compile_on_cuda(device, args.no_compile, model, tokenizer.encoder)
     if args.grad_checkpoint:  # older versions of DDP cannot split a graph with checkpoints in it
         torch._dynamo.config.optimize_ddp = False
     if world > 1:
-        net = DDP(net, gradient_as_bucket_view=True)
+        net = DDP(net, gradient_as_bucket_view=True, broadcast_buffers=False)
     autocast = bf16_on_cuda(device, args.float32)
 
     accumulate = args.batch // (args.micro_batch * world)
@@ -260,7 +260,8 @@ def main(argv=None):
         # below the fence: save first (what follows may take long), then pictures, scores and the log
         done = step + 1
         bar.update()
-        if rank == 0 and (done % args.save_every == 0 and not bad or done == last or leave):
+        scoring = features and (done % args.eval_every == 0 or done == steps)
+        if rank == 0 and ((done % args.save_every == 0 or scoring) and not bad or done == last or leave):
             small = {"model": model.state_dict(), "model_ema": ema.state_dict(),
                      "config": asdict(model.config), "args": vars(args), "step": done,
                      "latent_mean": stats[0].cpu(), "latent_std": stats[1].cpu(),
@@ -271,7 +272,7 @@ def main(argv=None):
         if rank == 0 and (done % args.sample_every == 0 or done == last) and not leave:
             save_grid(os.path.join(args.out, f"step_{done}.png"), make(range(len(show)), show), columns)
         scores = {}
-        if features and (done % args.eval_every == 0 or done == steps) and not leave:
+        if scoring and not leave:
             for cfg in sorted({1.0, args.cfg}):      # without guidance, and with
                 found = evaluate(functools.partial(make, cfg=cfg), features, head, args.eval_num, num_classes,
                                  reference, device, rank, world)

@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from copy import copy, deepcopy
 from dataclasses import asdict, replace
 
@@ -32,7 +33,7 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from fid import Features, Moments, frechet_distance, gather, inception_score
+from fid import Features, Moments, frechet_distance, gather, inception_score, start
 from tokenizer import (DINO, SIZES, ImageFolder, RecTok, Shapes, Teacher, TokenizerConfig, cores, flow,
                        latent_shift, load_named, load_teacher, load_tokenizer, random_keep, read_weights,
                        sample_time, to_float, to_uint8, weight_file)
@@ -75,7 +76,7 @@ class LPIPS(nn.Module):
         with torch.no_grad():
             real = self.unit_features(target)
         fake = self.unit_features(prediction)
-        with torch.autocast(target.device.type, enabled=False):  # the heads are 1x1 convolutions, in float32
+        with torch.autocast(target.device.type, enabled=False):  # heads are 1x1 convolutions (TF32 on CUDA)
             return sum(F.conv2d((a - b) ** 2, w).mean((1, 2, 3)) for a, b, w in zip(real, fake, self.heads))
 
 
@@ -229,17 +230,6 @@ def draw(args, config, B, seed, device):
 
 # ---------------------------------------------------------------- shared with train_dit.py and sample.py
 
-def start():
-    """-> device, rank, world size. torchrun's environment decides; without it, one process."""
-    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.set_float32_matmul_precision("high")
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return torch.device("cuda" if cuda else "cpu"), int(os.environ.get("RANK", 0)), world
-
-
 def key(*ids):
     """A seed from integers: every random draw of a run comes from (seed, rank or index, step)."""
     return int(np.random.SeedSequence(ids).generate_state(1, np.uint64)[0] >> 1)
@@ -351,7 +341,9 @@ def save(path, file):
         raise OSError(f"could not write {path} ({error}); the file before it is still there") from error
 
 
-MAY_DIFFER = {  # length, logging, scores and pictures, machine: what leaves the weights of a step as they are
+# Length, logging, scores and pictures leave a step's weights as they are; --micro_batch and the number of
+# processes change its draws (masks, t, noise), which have the same distribution.
+MAY_DIFFER = {
     "epochs", "steps", "stop_at", "save_every", "eval_every", "eval_num", "sample_every", "sample_steps",
     "cfg", "reference", "features", "val", "workers", "micro_batch", "grad_checkpoint", "no_compile",
     "max_bad_steps", "out", "weights", "tokenizer"}  # (stage 2 compares the tokenizer's fingerprint instead)
@@ -397,7 +389,12 @@ def compile_on_cuda(device, switched_off, *nets):
     """torch.compile of each net's forward, where it pays. A number of tokens that varies becomes a dynamic
     dimension: bucketed lengths would need fewer kernels, but change the distribution of mask ratios. Not
     before torch 2.9: 2.6 gave other gradients with it under DDP (seen with Inductor on a CPU)."""
-    for net in nets if device.type == "cuda" and not switched_off and torch.__version__ >= (2, 9) else ():
+    if device.type != "cuda" or switched_off:
+        return
+    if torch.__version__ < (2, 9):
+        warnings.warn(f"torch {torch.__version__}: not compiled, which needs 2.9; slower, and more memory")
+        return
+    for net in nets:
         net.compile()
 
 
@@ -409,10 +406,11 @@ def flops(f, *inputs):
     return counter.get_total_flops()
 
 
-def matmul_rate(device):
+def matmul_rate(device, float32=False):
     """FLOP/s that this machine reaches on a large square product, in the type that training computes in."""
-    a = torch.randn(*(2 * [8192 if device.type == "cuda" else 1024]), device=device,
-                    dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    cuda = device.type == "cuda"
+    a = torch.randn(*(2 * [8192 if cuda else 1024]), device=device,
+                    dtype=torch.bfloat16 if cuda and not float32 else torch.float32)
     for n in (3, 10):                                # the first round warms up
         began = time.time()
         for _ in range(n):
@@ -474,7 +472,8 @@ def ssim(a, b):
 def share(data, rank, world, batch=64, workers=0):
     """Batches of this process's part of a data set, in order."""
     part = Subset(data, range(rank, len(data), world))
-    return progress(rank, DataLoader(part, batch, num_workers=workers), desc="evaluate", leave=False)
+    return progress(rank, DataLoader(part, batch, num_workers=workers, worker_init_fn=deaf),
+                    desc="evaluate", leave=False)
 
 
 @torch.no_grad()
@@ -524,9 +523,10 @@ def linear_probe(model, train, held_out, seed, device, rank, world, workers=0, m
     A, b = ({n: torch.zeros(width[n[0]] + 1, k or width[n[0]] + 1, dtype=torch.float64, device=device)
              for n in names} for k in (None, train.num_classes))           # the sums of x x^T and of x y^T
 
-    def rows(images, first):                         # -> features with a 1 appended, (B, D + 1), by name
+    def rows(images, k, offset):  # this rank's batch k -> features with a 1 appended, (B, D + 1), by name
         z = model.encode(to_float(images.to(device)))[0]
-        noise = sample_noise(seed, range(first, first + len(z)), z.shape[1], C).to(device)
+        indices = (offset + rank + world * (64 * k + j) for j in range(len(z)))        # of the data set
+        noise = sample_noise(seed, indices, z.shape[1], C).to(device)
         for kind, t in names:
             x = flow(z, noise, torch.full((len(z),), t, device=device))
             if kind == "semantic":
@@ -537,7 +537,7 @@ def linear_probe(model, train, held_out, seed, device, rank, world, workers=0, m
     train = Subset(train, range(0, len(train), math.ceil(len(train) / most)))
     for k, (images, labels) in enumerate(share(train, rank, world, workers=workers)):
         hot = F.one_hot(labels, b[names[0]].shape[1]).double().to(device)
-        for name, x in rows(images, rank * 10 ** 8 + k * 64):
+        for name, x in rows(images, k, 0):
             A[name] += x.T @ x
             b[name] += x.T @ hot
     for name in names:
@@ -549,7 +549,7 @@ def linear_probe(model, train, held_out, seed, device, rank, world, workers=0, m
     hits = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
     for k, (images, labels) in enumerate(share(held_out, rank, world, workers=workers)):
         right = [(x @ b[name]).argmax(1).cpu() == labels
-                 for name, x in rows(images, (world + rank) * 10 ** 8 + k * 64)]
+                 for name, x in rows(images, k, 10 ** 8)]
         hits += torch.stack([*right, torch.ones_like(right[0])]).double().sum(1).to(device)
     if world > 1:
         dist.all_reduce(hits)
@@ -636,7 +636,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """--help with the default of each flag that has one."""
 
     def _get_help_string(self, action):
-        silent = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
+        silent = action.default is None or action.default is False or "default" in action.help
         return action.help + ("" if silent else " [%(default)s]")
 
 
@@ -694,7 +694,7 @@ def parse(argv=None):
     add("--workers", type=int, help="loader processes of each process (default: its share of the cores)")
     add("--features", default="inception", help="of rFID: inception, a teacher or its file (rFD), or none")
     add("--no_compile", action="store_true", help="no torch.compile (on CUDA it is on, from torch 2.9)")
-    add("--float32", action="store_true", help="no bf16 and no TF32 (on by default on CUDA)")
+    add("--float32", action="store_true", help="compute in float32 where CUDA otherwise takes bf16 and TF32")
     first, _ = p.parse_known_args(argv)
     p.set_defaults(**(TINY if first.tiny else {}))
     if first.finetune_decoder:
@@ -708,7 +708,10 @@ def resolve(args):
         args.distill = args.semantic = "none"
     config = TokenizerConfig(args.image_size or 256, args.patch_size, args.channels, args.encoder,
                              args.decoder, args.semantic)
-    args.shift = latent_shift(config.grid ** 2, args.channels) if args.shift == "auto" else float(args.shift)
+    if args.shift != "auto":
+        args.shift = float(args.shift)
+    elif not (args.finetune_decoder or args.eval_only):      # those take it from their checkpoint's shape
+        args.shift = latent_shift(config.grid ** 2, args.channels)
     if args.random_weights:
         args.weights = "random"
     if args.lr is None:
@@ -728,7 +731,7 @@ def open_data(root, size, seed=0, val=None):
                 "held-out shapes")
     train = ImageFolder(root, size, True, seed)
     plain = copy(train)                              # the folder is walked once
-    plain.flip, plain.bad = False, torch.zeros_like(train.bad)
+    plain.flip, plain.bad = False, torch.zeros_like(train.bad).share_memory_()
     beside = os.path.join(os.path.dirname(os.path.abspath(root)), "val")
     if val or os.path.isdir(beside) and not os.path.samefile(beside, root):
         return train, plain, ImageFolder(val or beside, size), f"images of {val or beside}"
@@ -787,6 +790,8 @@ def main(argv=None):
     config = load_tokenizer(source).config if source else None
     if source and args.image_size:                   # a 256 px checkpoint goes on at 512 px, say
         config = replace(config, image_size=args.image_size)
+    if args.shift == "auto":
+        args.shift = latent_shift(config.grid ** 2, config.channels)
     size = config.image_size if source else args.image_size or 256
     data, plain, held_out, held_out_name = open_data(args.data, size, args.seed, args.val)
     if args.eval_only:
@@ -851,13 +856,14 @@ def main(argv=None):
     per_image = 3 * flops(step_pass, x, keep, *draws) - (2 * flops(model.encode, x) if source else 0) \
         + sum(flops(teacher, x) for teacher in teachers) \
         + (1.5 * flops(perceptual_loss, x, x) if perceptual_loss else 0)           # real image 1, fake 2
-    per_image_gan, rate = (2 + 3 + 3) * flops(discriminator, x), matmul_rate(device)
+    per_image_gan, rate = (2 + 3 + 3) * flops(discriminator, x), matmul_rate(device, args.float32)
     if rank == 0:
         print(f"{per_image / 1e9:.1f} GFLOP an image, {per_image_gan / 1e9:.1f} more with the GAN; "
               f"matrix rate {rate / 1e12:.3g} TFLOP/s")
     compile_on_cuda(device, args.no_compile, step_pass, *teachers, *filter(None, [perceptual_loss]))
     if world > 1:
-        step_pass, d_net = (DDP(net, gradient_as_bucket_view=True) for net in (step_pass, discriminator))
+        step_pass, d_net = (DDP(net, gradient_as_bucket_view=True, broadcast_buffers=False)
+                            for net in (step_pass, discriminator))       # their buffers are constant
     autocast = bf16_on_cuda(device, args.float32)
 
     accumulate = args.batch // (args.micro_batch * world)
@@ -922,7 +928,8 @@ def main(argv=None):
         # below the fence: save first (what follows may take long), then scores and the log
         done = step + 1
         bar.update()
-        if rank == 0 and (done % args.save_every == 0 and not bad or done == last or leave):
+        scoring = done % args.eval_every == 0 or done == steps
+        if rank == 0 and ((done % args.save_every == 0 or scoring) and not bad or done == last or leave):
             small = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config),
                      "args": vars(args), "step": done}
             save(os.path.join(args.out, "last.pt"), small | {
@@ -934,7 +941,7 @@ def main(argv=None):
                 picture(os.path.join(args.out, f"step_{done}.png"), ema, show,
                         teachers[0] if teachers else None, show_noise)
         scores = {}
-        if (done % args.eval_every == 0 or done == steps) and not leave:
+        if scoring and not leave:
             scores = assess(ema, args, plain, held_out, held_out_name, features,
                             perceptual_loss.lpips if perceptual_loss else None, device, rank, world)
         if done % 10 == 0 or scores:
