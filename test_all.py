@@ -608,7 +608,7 @@ def test_networks_compile_to_one_graph():
 
 
 def test_decoder_finetuning(tmp_path, tiny_teacher):
-    S1.main(tiny(tiny_teacher, tmp_path / "a"))
+    S1.main(tiny(tiny_teacher, tmp_path / "a", "--channels", "1024"))
     S1.main(["--tiny", "--finetune_decoder", str(tmp_path / "a/last.pt"), "--out", str(tmp_path / "b"),
              "--batch", "8", "--steps", "2"])
     a, b = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in "ab")
@@ -617,6 +617,7 @@ def test_decoder_finetuning(tmp_path, tiny_teacher):
             if name.startswith("encoder") or name == "decoder.ffn.1.weight":
                 assert torch.equal(w, a[part][name]) == name.startswith("encoder"), name
     assert not any(n.startswith("sem_") for n in b["model"])
+    assert b["args"]["shift"] == a["args"]["shift"] == 2  # sqrt(16 x 1024 / 4096), whatever --channels says
     assert T.load_tokenizer(str(tmp_path / "b/last.pt")).config.semantic == "none"
 
 
@@ -830,7 +831,7 @@ def test_bad_sampling_input_is_named(chain, tmp_path):
     torch.save({"model_ema": small_dit().state_dict(), "config": vars(small_dit().config)},
                tmp_path / "guide.pt")
     for flags, says in ((["--classes", "8"], "classes 0 to 7"), (["--steps", "0"], "--steps >= 1"),
-                        (["--cfg", "0.9"], "--cfg >= 1"), (["--cfg", "inf"], "finite --cfg"),
+                        (["--trajectory", "--num", "65"], "65 samples at once"), (["--cfg", "0.9"], "--cfg >= 1"), (["--cfg", "inf"], "finite --cfg"),
                         (["--guide", str(tmp_path / "guide.pt")], "latents of another shape"),
                         (["--interval", "0.9", "0.1"], "--interval"),
                         (["--out", "/nowhere/x.png"], "cannot write"),
