@@ -831,7 +831,8 @@ def test_bad_sampling_input_is_named(chain, tmp_path):
     torch.save({"model_ema": small_dit().state_dict(), "config": vars(small_dit().config)},
                tmp_path / "guide.pt")
     for flags, says in ((["--classes", "8"], "classes 0 to 7"), (["--steps", "0"], "--steps >= 1"),
-                        (["--trajectory", "--num", "65"], "65 samples at once"), (["--cfg", "0.9"], "--cfg >= 1"), (["--cfg", "inf"], "finite --cfg"),
+                        (["--trajectory", "--num", "65"], "65 samples at once"),
+                        (["--cfg", "0.9"], "--cfg >= 1"), (["--cfg", "inf"], "finite --cfg"),
                         (["--guide", str(tmp_path / "guide.pt")], "latents of another shape"),
                         (["--interval", "0.9", "0.1"], "--interval"),
                         (["--out", "/nowhere/x.png"], "cannot write"),

@@ -636,7 +636,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """--help with the default of each flag that has one."""
 
     def _get_help_string(self, action):
-        silent = action.default is None or action.default is False or "default" in action.help
+        absent = action.default in (None, argparse.SUPPRESS) or action.default is False       # 0 is a default
+        silent = absent or "default" in action.help
         return action.help + ("" if silent else " [%(default)s]")
 
 
