@@ -1312,6 +1312,13 @@ def readme_commands(folder):
     return [line.split("\037")[:-1] for line in done.stdout.split("\n") if line]
 
 
+def test_help_of_every_script(capsys):
+    for module, says in ((S1, "every draw [0]"), (S2, "dit.PRESETS [XL]"), (X, "149) [49]"), (M, "pt (FD)")):
+        with pytest.raises(SystemExit) as left:
+            module.parse(["--help"])
+        assert left.value.code == 0 and says in " ".join(capsys.readouterr().out.split()), says
+
+
 def test_readme_commands_are_understood(tmp_path):
     commands = [c for c in readme_commands(tmp_path) if c[0].endswith(".py")]
     for script, *flags in commands:
