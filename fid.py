@@ -1,202 +1,86 @@
-"""FID, Inception Score, precision and recall, by hand, on torch-fidelity's conventions.
+"""Every score: FID, Inception Score, precision, recall; PSNR, SSIM, rFID and linear probe of a tokenizer.
 
-    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz  # gFID, IS, precision, recall
-    python fid.py folder/ other_folder/ --json  # any two folders of images
-    python fid.py --save_stats val256.npz data/imagenet/val --image_size 256  # a reference of your own
-    torchrun --nproc_per_node=8 fid.py samples.npz reference.npz  # the same numbers, sooner
-    python fid.py samples.npz reference/ --features dinov2_vitl14                     # FD-DINOv2
+    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz          # gFID, IS, precision, recall
+    python fid.py folder/ other_folder/ --json                         # any two folders of images
+    python fid.py --save_stats val256.npz data/imagenet/val --image_size 256     # a reference of your own
+    torchrun --nproc_per_node=8 fid.py samples.npz reference.npz       # the same numbers, sooner
+    python fid.py samples.npz reference/ --features dinov2_vitl14      # FD-DINOv2
 
-A score means nothing without its reference, N and features, so they are always printed beside it.
+Conventions: torch-fidelity's. A score means nothing without its reference, N and features, so they are
+always printed beside it.
 """
 import argparse
 import contextlib
+import hashlib
 import json
+import math
 import os
 import re
-import sys
 import warnings
 import zipfile
-from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
+from PIL import Image
+from torch.utils.data import Subset
 
-from tokenizer import ImageFolder, cores, load_named, load_teacher, read_weights, to_float, weight_file
+from tokenizer import (ImageFolder, Shapes, atomic, cores, flow, load_named, load_teacher, naming,
+                       print_once, rank_and_world, read_weights, run_script, sample_noise, share, start,
+                       to_float, to_uint8, weight_file)
 
-INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+# ---------------------------------------------------------------- scores of two sets of images
 
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), in float64 (Heusel et al. 2017).
 
-# ---------------------------------------------------------------- Inception-v3, as TensorFlow ran it in 2015
-
-def _tower(*convs):
-    """(name, in, out, kernel[, stride[, padding]]) ... -> convolutions, with BatchNorm folded into them."""
-    return nn.ModuleDict({name: nn.Conv2d(*shape) for name, *shape in convs})
-
-
-def _a(n, pool):
-    return _tower(("branch1x1", n, 64, 1), ("branch5x5_1", n, 48, 1), ("branch5x5_2", 48, 64, 5, 1, 2),
-                  ("branch3x3dbl_1", n, 64, 1), ("branch3x3dbl_2", 64, 96, 3, 1, 1),
-                  ("branch3x3dbl_3", 96, 96, 3, 1, 1), ("branch_pool", n, pool, 1))
-
-
-def _c(c):
-    row, column = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
-    return _tower(("branch1x1", 768, 192, 1), ("branch7x7_1", 768, c, 1), ("branch7x7_2", c, c, *row),
-                  ("branch7x7_3", c, 192, *column), ("branch7x7dbl_1", 768, c, 1),
-                  ("branch7x7dbl_2", c, c, *column), ("branch7x7dbl_3", c, c, *row),
-                  ("branch7x7dbl_4", c, c, *column), ("branch7x7dbl_5", c, 192, *row),
-                  ("branch_pool", 768, 192, 1))
-
-
-def _e(n):
-    row, column = ((1, 3), 1, (0, 1)), ((3, 1), 1, (1, 0))
-    return _tower(("branch1x1", n, 320, 1), ("branch3x3_1", n, 384, 1), ("branch3x3_2a", 384, 384, *row),
-                  ("branch3x3_2b", 384, 384, *column), ("branch3x3dbl_1", n, 448, 1),
-                  ("branch3x3dbl_2", 448, 384, 3, 1, 1), ("branch3x3dbl_3a", 384, 384, *row),
-                  ("branch3x3dbl_3b", 384, 384, *column), ("branch_pool", n, 192, 1))
-
-
-def start():
-    """-> device, rank, world size. torchrun's environment decides; without it, one process."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world, nccl = int(os.environ.get("WORLD_SIZE", 1)), {}
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.set_float32_matmul_precision("high")
-        nccl = dict(device_id=torch.device("cuda", torch.cuda.current_device()))
-    if world > 1 and not dist.is_initialized():      # an hour: all wait while rank 0 writes a checkpoint
-        dist.init_process_group("nccl" if nccl else "gloo", timeout=timedelta(hours=1), **nccl)
-    return device, int(os.environ.get("RANK", 0)), world
-
-
-@contextlib.contextmanager
-def exact_float32():
-    """No TF32 on CUDA: it would move FID in the third digit."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def tf1_resize(x, size=299):
-    """TensorFlow 1's bilinear resize of (B, 3, H, W): output i reads input i H / size, no half-pixel offset.
-
-    Each axis is one small matrix with two entries a row: exact, and cheaper than gathering four neighbours.
+    With S1 = L L^T, S1 S2 has the eigenvalues of the symmetric L^T S2 L: real, non-negative, and cheap. A
+    singular S1 (fewer samples than features) has no Cholesky factor; its eigenvectors give another L.
     """
-    def matrix(n):
-        at = torch.arange(size, dtype=torch.float32) * torch.tensor(n / size, dtype=torch.float32)
-        low = at.long().clamp(max=n - 1)
-        rows, m = torch.arange(size), torch.zeros(size, n)
-        m[rows, low] = 1 - (at - low)
-        m[rows, (low + 1).clamp(max=n - 1)] += at - low
-        return m.to(x)
-    return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).T
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x).double() for x in (mu1, sigma1, mu2, sigma2))
+    if mu1.shape != mu2.shape:
+        raise ValueError(f"statistics of {len(mu1)} features against statistics of {len(mu2)}")
+    if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("non-finite statistics")
+    L, failed = torch.linalg.cholesky_ex(sigma1)
+    if failed:
+        values, vectors = torch.linalg.eigh(sigma1)
+        L = vectors * values.clamp(min=0).sqrt()
+    root = torch.linalg.eigvalsh(L.T @ sigma2 @ L).clamp(min=0).sqrt().sum()
+    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root).item()
 
 
-class InceptionV3(nn.Module):
-    """uint8 images (B, 3, H, W) -> pool (B, 2048), logits (B, 1008) without the bias.
-
-    weights: the folder of published files, the file itself, or "random". Source of the names: pytorch-fid.
-    """
-
-    def __init__(self, weights="weights"):
-        super().__init__()
-        self.stem = _tower(("Conv2d_1a_3x3", 3, 32, 3, 2), ("Conv2d_2a_3x3", 32, 32, 3),
-                           ("Conv2d_2b_3x3", 32, 64, 3, 1, 1), ("Conv2d_3b_1x1", 64, 80, 1),
-                           ("Conv2d_4a_3x3", 80, 192, 3))
-        self.mixed = nn.ModuleDict({
-            "5b": _a(192, 32), "5c": _a(256, 64), "5d": _a(288, 64),
-            "6a": _tower(("branch3x3", 288, 384, 3, 2), ("branch3x3dbl_1", 288, 64, 1),
-                         ("branch3x3dbl_2", 64, 96, 3, 1, 1), ("branch3x3dbl_3", 96, 96, 3, 2)),
-            "6b": _c(128), "6c": _c(160), "6d": _c(160), "6e": _c(192),
-            "7a": _tower(("branch3x3_1", 768, 192, 1), ("branch3x3_2", 192, 320, 3, 2),
-                         ("branch7x7x3_1", 768, 192, 1), ("branch7x7x3_2", 192, 192, (1, 7), 1, (0, 3)),
-                         ("branch7x7x3_3", 192, 192, (7, 1), 1, (3, 0)), ("branch7x7x3_4", 192, 192, 3, 2)),
-            "7b": _e(1280), "7c": _e(2048)})
-        # Patch: 1008 outputs instead of torchvision's 1000, since the TensorFlow graph had them.
-        self.fc = nn.Linear(2048, 1008)
-        if weights != "random":
-            path = weight_file(INCEPTION, weights)
-            load_named(self, self.fold(read_weights(path), path), path)
-        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
-
-    def fold(self, state, path):
-        """Published names -> ours: (w x - mean) / sqrt(var + 1e-3) gamma + beta is one biased convolution."""
-        if "fc.weight" not in state or len(state["fc.weight"]) != 1008 or "AuxLogits.fc.weight" in state:
-            raise ValueError(f"{path} is not the Inception of FID (torchvision's weights give other scores): "
-                             f"{INCEPTION} is needed")
-        out = {n: w for n, w in state.items() if n.startswith("fc.")}
-        try:
-            for name in [n[:-len(".conv.weight")] for n in state if n.endswith(".conv.weight")]:
-                w, gamma, beta, mean, var = (state[f"{name}.{k}"].double() for k in (
-                    "conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"))
-                ours = re.sub("^Mixed_", "mixed.", re.sub("^Conv2d", "stem.Conv2d", name))
-                scale = gamma / (var + 1e-3).sqrt()
-                out[ours + ".weight"] = (w * scale.view(-1, 1, 1, 1)).float()
-                out[ours + ".bias"] = (beta - mean * scale).float()
-        except KeyError as error:
-            raise ValueError(f"{path}: missing {error}") from error
-        return out
-
-    def features(self, images):
-        """The averaged activations at 64, 192, 768 and 2048 channels, as torch-fidelity names them."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"uint8 images (B, 3, H, W) expected, got {images.dtype} {tuple(images.shape)}")
-        def pooled(x):
-            return x.mean((2, 3))
-        def run(tower, names, x):
-            for name in names.split():
-                x = F.relu(tower[name](x), inplace=True)
-            return x
-        # Patch: TensorFlow's resize and its (x - 128) / 128 instead of ImageNet's mean and std.
-        x = ((tf1_resize(images.float()) - 128) / 128).contiguous(memory_format=torch.channels_last)
-        x = F.max_pool2d(run(self.stem, "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3", x), 3, 2)
-        f64 = pooled(x)
-        x = F.max_pool2d(run(self.stem, "Conv2d_3b_1x1 Conv2d_4a_3x3", x), 3, 2)
-        f192 = pooled(x)
-        for name, m in self.mixed.items():
-            if name == "7a":
-                f768 = pooled(x)
-            if name in ("6a", "7a"):
-                pool = F.max_pool2d(x, 3, 2)
-            elif name == "7c":           # Patch: the last block pools by maximum, where torchvision averages.
-                pool = run(m, "branch_pool", F.max_pool2d(x, 3, 1, 1))
-            else:                        # Patch: TensorFlow's average leaves the padding out of the count.
-                pool = run(m, "branch_pool", F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
-            if name[0] == "5":
-                parts = [run(m, "branch1x1", x), run(m, "branch5x5_1 branch5x5_2", x),
-                         run(m, "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3", x)]
-            elif name == "6a":
-                parts = [run(m, "branch3x3", x), run(m, "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3", x)]
-            elif name[0] == "6":
-                parts = [run(m, "branch1x1", x), run(m, "branch7x7_1 branch7x7_2 branch7x7_3", x),
-                         run(m, " ".join(f"branch7x7dbl_{i}" for i in range(1, 6)), x)]
-            elif name == "7a":
-                parts = [run(m, "branch3x3_1 branch3x3_2", x),
-                         run(m, " ".join(f"branch7x7x3_{i}" for i in range(1, 5)), x)]
-            else:
-                a, b = run(m, "branch3x3_1", x), run(m, "branch3x3dbl_1 branch3x3dbl_2", x)
-                parts = [run(m, "branch1x1", x), run(m, "branch3x3_2a", a), run(m, "branch3x3_2b", a),
-                         run(m, "branch3x3dbl_3a", b), run(m, "branch3x3dbl_3b", b)]
-            x = torch.cat([*parts, pool], 1)
-        return f64, f192, f768, pooled(x)
-
-    @torch.inference_mode()
-    def forward(self, images):
-        with exact_float32():
-            pool = self.features(images)[-1]
-            return pool, pool @ self.fc.weight.T
+def inception_score(logits, splits=10, seed=2020):
+    """exp of the mean KL(p(y|x) || p(y)) in `splits` parts of the shuffled logits (N, 1008) -> mean, std."""
+    order = np.random.RandomState(seed).permutation(len(logits))
+    log_p = logits.double()[order].log_softmax(1)
+    scores = []
+    for i in range(splits):
+        part = log_p[i * len(log_p) // splits:(i + 1) * len(log_p) // splits]
+        marginal = part.exp().mean(0).log()
+        kl = (part.exp() * (part - marginal)).sum(1)
+        scores.append(kl.mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
 
 
-# ---------------------------------------------------------------- scores
+def precision_recall(real, fake, k=3, block=2000):
+    """Kynkaanniemi et al. 2019, on features (N, D), (M, D): the share of fakes inside the reals' k-NN balls,
+    and the reverse. Blockwise: 50,000 against 10,000 never needs the whole matrix of distances."""
+
+    def radii(x):  # to the k-th neighbour, itself left out
+        return torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(block)])
+
+    def inside(x, centres, radius):
+        return torch.cat([(torch.cdist(part, centres) <= radius).any(1) for part in x.split(block)])
+
+    real, fake = real.float(), fake.float()
+    with exact_float32():
+        precision = inside(fake, real, radii(real))
+        recall = inside(real, fake, radii(fake))
+    return precision.float().mean().item(), recall.float().mean().item()
+
 
 class Moments:
     """Running mean and covariance of features (n, D), in float64 sums: never all features in memory."""
@@ -213,128 +97,223 @@ class Moments:
         self.outer.addmm_(features.T, features)
 
     def result(self):
-        """-> mu (D,), sigma (D, D), n, reduced over all processes."""
-        if dist.is_initialized():
-            for x in (self.n, self.sum, self.outer):
-                dist.all_reduce(x)
-        if not (self.outer.isfinite().all() and self.n >= 2):
-            raise ValueError("non-finite features" if self.n >= 2 else f"{int(self.n)} images: 2 are needed")
+        """-> {mu (D,), sigma (D, D), n}, over all processes."""
+        add_up(self.n, self.sum, self.outer)
         n, width = int(self.n), len(self.sum)
-        if n < width and os.environ.get("RANK", "0") == "0":
+        if n < 2:
+            raise ValueError(f"{n} images: 2 are needed")
+        if not self.outer.isfinite().all():
+            raise ValueError("non-finite features")
+        rank, _ = rank_and_world()
+        if n < width and rank == 0:
             warnings.warn(f"{n} images for {width} features: the covariance is singular and the Frechet "
                           "distance biased upwards; use more images")
         mu = self.sum / self.n
         sigma = (self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)
-        return mu.cpu().numpy(), sigma.cpu().numpy(), n
+        return {"mu": mu.cpu().numpy(), "sigma": sigma.cpu().numpy(), "n": n}
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), float64 (Heusel et al. 2017).
+def add_up(*tensors):
+    """Sums over all processes, in place."""
+    if dist.is_initialized():
+        for x in tensors:
+            dist.all_reduce(x)
 
-    With S1 = L L^T, S1 S2 has the eigenvalues of the symmetric L^T S2 L: real, non-negative, and cheap. A
-    singular S1 (fewer samples than features) has no Cholesky factor; its eigenvectors give another L.
+
+@contextlib.contextmanager
+def exact_float32():
+    """No TF32 on CUDA: it would move FID in the third digit."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# ---------------------------------------------------------------- scores of a tokenizer
+
+def score_tokenizer(model, train, held_out, title, features=None, reference=None, lpips=None, seed=0,
+                    workers=0):
+    """All of them -> {name: number}, printed with their recipe. train: the training images without flips."""
+    scores = evaluate(model, held_out, features, reference, lpips, workers)
+    against = f"; {features.name} features, against the originals" if features else ""
+    line = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    print_once(f"{line} ({len(held_out)} {title}; EMA, posterior means{against})")
+    if reference:
+        print_once(f"r{features.score}_reference: against {reference['name']}{reference['resized']}")
+    if held_out.classes != train.classes or train.num_classes < 2:      # a flat folder has no labels
+        print_once("no linear probe: it needs the same class folders in the training and the held-out images")
+        return scores
+    probed = linear_probe(model, train, held_out, seed, workers)
+    print_once("linear probe, % right (our own protocol)" + "".join(f"{t:8.2f}" for t in PROBE_TIMES))
+    for kind, what in (("z", "on the flow z_t"), ("semantic", "on the semantic decoder's output")):
+        values = [f"{100 * value:8.1f}" for name, value in probed.items()
+                  if name.startswith(f"probe_{kind}_")]
+        if values:
+            print_once(f"{what:>40}{''.join(values)}")
+    return scores | probed
+
+
+@torch.no_grad()
+def evaluate(model, data, features=None, reference=None, lpips=None, workers=0):
+    """Reconstructions from posterior means, over the images of all processes: mean PSNR (dB), SSIM and LPIPS
+    of clamped floats; of rounded images rFID against the originals (rFD for other features), the same
+    against `reference` (of open_reference), and IS."""
+    device = next(model.parameters()).device
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    sums = {name: torch.zeros_like(count) for name in ("psnr", "ssim", "lpips")}
+    if lpips is None:
+        del sums["lpips"]
+    moments = []                            # of the originals, the reconstructions, and those resized
+    if features:
+        moments = [Moments(features.width, device) for _ in range(3)]
+    logits = []
+    for images, _ in share(data, workers=workers):
+        images = images.to(device)
+        real = to_float(images) * 0.5 + 0.5
+        mean, _ = model.encode(to_float(images))
+        fake = (model.decode(mean).float() * 0.5 + 0.5).clamp(0, 1)
+        count += len(images)
+        sums["psnr"] += psnr(real, fake).double().sum()
+        sums["ssim"] += ssim(real, fake).double().sum()
+        if lpips is not None:
+            sums["lpips"] += lpips(real * 2 - 1, fake * 2 - 1).double().sum()
+        if features:
+            rounded = to_uint8(fake * 2 - 1)
+            moments[0].add(features(images)[0])
+            found, last = features(rounded)
+            moments[1].add(found)
+            if last is not None:
+                logits.append(last.cpu())
+            if reference:
+                moments[2].add(features(resize(rounded, reference["image_size"]))[0])
+    add_up(count, *sums.values())
+    scores = {name: (total / count).item() for name, total in sums.items()}
+    if features:
+        original, decoded = moments[0].result(), moments[1].result()
+        name = "r" + features.score
+        scores[name] = frechet(decoded, original)
+        if reference:
+            scores[f"{name}_reference"] = frechet(moments[2].result(), reference)
+        if features.inception and len(data) >= 10:
+            scores["IS"], _ = inception_score(in_order(logits, len(data)))
+    return scores
+
+
+def frechet(one, other):
+    return frechet_distance(one["mu"], one["sigma"], other["mu"], other["sigma"])
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of [0, 1] images (B, 3, H, W), in dB: (B,)."""
+    return -10 * ((a - b) ** 2).mean((1, 2, 3)).clamp(min=1e-10).log10()
+
+
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004) of [0, 1] images, 11 x 11 Gaussian window, sigma 1.5: (B,)."""
+    g = torch.exp(-(torch.arange(11, device=a.device) - 5.0) ** 2 / (2 * 1.5 ** 2))
+    window = (g[:, None] * g / g.sum() ** 2).expand(3, 1, 11, 11)
+
+    def blur(x):
+        return F.conv2d(x, window, groups=3)
+
+    mu_a, mu_b = blur(a), blur(b)
+    var_a = blur(a * a) - mu_a ** 2
+    var_b = blur(b * b) - mu_b ** 2
+    cov = blur(a * b) - mu_a * mu_b
+    luminance = (2 * mu_a * mu_b + 1e-4) / (mu_a ** 2 + mu_b ** 2 + 1e-4)
+    contrast = (2 * cov + 9e-4) / (var_a + var_b + 9e-4)
+    return (luminance * contrast).mean((1, 2, 3))
+
+
+def resize(images, size):
+    """uint8 images (B, 3, H, W) -> size x size by Lanczos: the released evaluation brings 512 px to 256."""
+    if size in (None, images.shape[-1]):
+        return images
+    small = []
+    for image in images.permute(0, 2, 3, 1).cpu().numpy():
+        image = Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS)
+        small.append(torch.from_numpy(np.array(image)))
+    return torch.stack(small).permute(0, 3, 1, 2).to(images.device)
+
+
+PROBE_TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
+
+
+@torch.no_grad()
+def linear_probe(model, train, held_out, seed, workers=0, most=100_000):
+    """Is the flow semantically rich? Accuracy of a linear classifier on token-averaged z_t, and on what the
+    semantic decoder reads from z_t, for t from data to noise: {"probe_z_1.0": share of held-out images, ...}.
+
+    Ours: ridge regression on one-hot labels, solved from float64 sums over at most `most` training images,
+    EMA weights. The protocol behind the paper's columns stands in the released code's history only: one
+    linear layer on every token, its logits averaged over tokens (so it is linear in the token mean too),
+    cross-entropy, Adam, one epoch, raw weights. Another fit, so the numbers are not comparable.
     """
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x).double() for x in (mu1, sigma1, mu2, sigma2))
-    if mu1.shape != mu2.shape:
-        raise ValueError(f"statistics of {len(mu1)} features against statistics of {len(mu2)}")
-    if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("non-finite statistics")
-    factor, failed = torch.linalg.cholesky_ex(sigma1)
-    if failed:
-        values, vectors = torch.linalg.eigh(sigma1)
-        factor = vectors * values.clamp(min=0).sqrt()
-    root = torch.linalg.eigvalsh(factor.T @ sigma2 @ factor).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root).item()
+    device = next(model.parameters()).device
+    rank, world = rank_and_world()
+
+    def batches(data, first):
+        """This process's share -> {name: inputs (B, D + 1)}, labels. first: keeps the noise of sets apart."""
+        for number, (images, labels) in enumerate(share(data, batch=64, workers=workers)):
+            places = [first + rank + world * (64 * number + j) for j in range(len(labels))]   # in the set
+            yield probe_inputs(model, to_float(images.to(device)), places, seed), labels.to(device)
+
+    # The sums of x x^T and of x y^T, for x the inputs and y the one-hot labels.
+    xx, xy = {}, {}
+    part = Subset(train, range(0, len(train), math.ceil(len(train) / most)))
+    for inputs, labels in batches(part, 0):
+        one_hot = F.one_hot(labels, train.num_classes).double()
+        for name, x in inputs.items():
+            xx[name] = xx.get(name, 0) + x.T @ x
+            xy[name] = xy.get(name, 0) + x.T @ one_hot
+    add_up(*xx.values(), *xy.values())
+    solution = {}
+    for name in xx:
+        ridge = 1e-3 * xx[name].diagonal() + 1e-9                   # relative to each feature's scale
+        solution[name] = torch.linalg.solve(xx[name] + ridge.diag(), xy[name])
+    hits = {name: torch.zeros((), dtype=torch.float64, device=device) for name in xx}
+    for inputs, labels in batches(held_out, 10 ** 8):
+        for name, x in inputs.items():
+            hits[name] += ((x @ solution[name]).argmax(1) == labels).sum()
+    add_up(*hits.values())
+    return {name: (count / len(held_out)).item() for name, count in hits.items()}
 
 
-def inception_score(logits, splits=10, seed=2020):
-    """exp of the mean KL(p(y|x) || p(y)) in `splits` parts of the shuffled logits (N, 1008) -> mean, std."""
-    p = logits.double()[np.random.RandomState(seed).permutation(len(logits))].log_softmax(1)
-    scores = []
-    for i in range(splits):
-        part = p[i * len(p) // splits:(i + 1) * len(p) // splits]
-        scores.append((part.exp() * (part - part.exp().mean(0).log())).sum(1).mean().exp().item())
-    return float(np.mean(scores)), float(np.std(scores))
-
-
-def precision_recall(real, fake, k=3, block=10000):
-    """Kynkaanniemi et al. 2019, features (N, D), (M, D): the share of fakes inside the reals' k-NN balls, and
-    the reverse. Blockwise: 50,000 against 10,000 needs 1 GB at a time, never the whole matrix."""
-    def radii(x):  # k-th neighbour, itself left out
-        return torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(block // 5)])
-
-    def inside(x, centers, radius):
-        return torch.cat([(torch.cdist(part, centers) <= radius).any(1) for part in x.split(block // 5)])
-    real, fake = real.float(), fake.float()
-    precision, recall = inside(fake, real, radii(real)), inside(real, fake, radii(fake))
-    return precision.float().mean().item(), recall.float().mean().item()
+def probe_inputs(model, images, places, seed):
+    """What the classifiers of linear_probe read: token means with a 1 appended, {name: (B, D + 1)}."""
+    z, _ = model.encode(images)
+    noise = sample_noise(seed, places, *z.shape[1:]).to(z.device)
+    found = {}
+    for t in PROBE_TIMES:
+        z_t = flow(z, noise, torch.full((len(z),), t, device=z.device))
+        read = {"z": z_t}
+        if model.config.semantic != "none":
+            read["semantic"] = model.predict_all(z_t)[0]
+        for kind, x in read.items():
+            found[f"probe_{kind}_{t}"] = F.pad(x.double().mean(1), (0, 1), value=1.0)
+    return found
 
 
 # ---------------------------------------------------------------- from images to features
 
-class Arrays:
-    """The images of an npz (arr_0, uint8 NHWC) as a data set."""
-
-    def __init__(self, images, path):
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 3), not {images.dtype} {images.shape}")
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return torch.from_numpy(self.images[i].transpose(2, 0, 1).copy()), 0
-
-
-def stored_array(path, name):
-    """An array of an npz, mapped from disk where it is not compressed: 50,000 images are 10 GB a process."""
-    with zipfile.ZipFile(path) as file:
-        info = file.getinfo(name + ".npy")
-        with file.open(info) as f:
-            np.lib.format.read_magic(f)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-            header = f.tell()
-    if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
-        return np.load(path, allow_pickle=False)[name]
-    with open(path, "rb") as f:                      # the local file header: 30 bytes, a name, an extra field
-        f.seek(info.header_offset + 26)
-        start = info.header_offset + 30 + sum(np.frombuffer(f.read(4), "<u2").tolist())
-    return np.memmap(path, dtype, "r", start + header, shape)
-
-
-def read(path, image_size=None):
-    """Folder or npz -> {"images": data set or None, "image_size"}, and where given mu, sigma, n, features."""
-    if os.path.isdir(path):
-        data = ImageFolder(path, image_size)
-        return {"images": data, "image_size": data[0][0].shape[1]}
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no folder or npz at {path!r}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            known = {"mu", "sigma", "arr_0", "n", "image_size", "features"} & set(file.files)
-            out = {k: stored_array(path, k) if k == "arr_0" else file[k] for k in known}
-    except Exception as error:
-        raise ValueError(f"{path!r} is no npz free of pickled objects ({type(error).__name__})") from error
-    if "arr_0" not in out and not {"mu", "sigma"} <= out.keys():
-        raise ValueError(f"{path}: neither images (arr_0) nor statistics (mu, sigma) in it")
-    out |= {k: out[k].item() for k in ("n", "image_size", "features") if k in out}     # our own files
-    out["images"] = Arrays(out["arr_0"], path) if "arr_0" in out else None
-    out.setdefault("image_size", out["arr_0"].shape[1] if "arr_0" in out else None)
-    return out
-
-
 class Features:
-    """inception, a teacher's name or a teacher.pt: uint8 images -> features (B, D), logits or None."""
+    """inception, a teacher's name or its file: uint8 images -> features (B, D), logits (B, 1008) or None."""
 
     def __init__(self, name, weights, device):
-        self.name, self.inception = name, name == "inception"
+        self.inception = name == "inception"
         self.net = (InceptionV3(weights) if self.inception else load_teacher(name, weights)).to(device)
         self.width = 2048 if self.inception else self.net.width
+        self.device = device
+        self.score = "FID" if self.inception else "FD"  # only Inception's distance is called FID
+        self.name = name
+        if os.path.isfile(name):  # known by its content, not by its path
+            self.name = f"{os.path.basename(name)} {hashlib.sha256(open(name, 'rb').read()).hexdigest()[:8]}"
         if weights == "random":
             warnings.warn(f"{name} with RANDOM weights: its scores mean nothing")
             self.name += " (RANDOM)"
-        self.score = "FID" if self.inception else "FD"  # only Inception's Frechet distance is called FID
 
     @torch.inference_mode()
     def __call__(self, images):
@@ -344,80 +323,392 @@ class Features:
             return self.net.features(to_float(images))[0], None
 
 
-def extract(features, data, device, batch=64, keep=False, workers=0):
-    """-> mu, sigma, n, logits (n, 1008) or None, features (n, D) if `keep`; each process takes its share."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    moments, logits, kept = Moments(features.width, device), [], []
-    part = DataLoader(Subset(data, range(rank, len(data), world)), batch, num_workers=workers)
+def extract(features, batches, total, keep=False):
+    """Batches of uint8 images, each process its share of `total` -> {mu, sigma, n, logits (total, 1008) or
+    None, rows: the features (total, D) if `keep`}."""
+    moments = Moments(features.width, features.device)
+    logits, rows = [], []
+    for images in batches:
+        found, last = features(images.to(features.device))
+        moments.add(found)
+        if last is not None:
+            logits.append(last.cpu())
+        if keep:
+            rows.append(found.cpu())
+    return moments.result() | {"logits": in_order(logits, total), "rows": in_order(rows, total)}
+
+
+def extract_data(features, data, batch=64, workers=0, keep=False):
+    """The same of a data set."""
     try:
-        for images, _ in tqdm(part, desc=features.name, disable=rank > 0, leave=False):
-            f, l = features(images.to(device))
-            moments.add(f)
-            logits += [] if l is None else [l.cpu()]
-            kept += [f.cpu()] if keep else []
+        found = extract(features, (images for images, _ in share(data, batch, workers, features.name)),
+                        len(data), keep)
     except RuntimeError as error:
         if "equal size" in str(error):
             raise ValueError(f"{data.root} holds images of different sizes: give --image_size") from error
         raise
-    if getattr(data, "bad", 0):                      # a replaced image would count twice
+    if getattr(data, "bad", 0):                                     # a replaced image would count twice
         raise ValueError(f"{int(data.bad)} unreadable images in {data.root}, named above: remove them")
-    return *moments.result(), gather(logits, len(data), world), gather(kept, len(data), world)
+    return found
 
 
-def gather(parts, n, world):
-    """The rows of all processes, in the order of the data set."""
+def in_order(parts, n):
+    """The rows that the processes found for their shares, in the order of the data set, (n, ...); or None."""
     rows = torch.cat(parts) if parts else None
+    _, world = rank_and_world()
     if world == 1:
         return rows
     everyone = [None] * world
-    dist.all_gather_object(everyone, rows)           # a rank may have none, all of them take part
+    dist.all_gather_object(everyone, rows)  # a process may have none, all take part
     some = [part for part in everyone if part is not None]
-    out = torch.empty(n, some[0].shape[1]) if some else None
+    if not some:
+        return None
+    out = torch.empty(n, some[0].shape[1])
     for rank, part in enumerate(everyone):
         if part is not None:
             out[rank::world] = part
     return out
 
 
+# ---------------------------------------------------------------- Inception-v3, as TensorFlow ran it in 2015
+
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+
+
+class InceptionV3(nn.Module):
+    """uint8 images (B, 3, H, W) -> pool (B, 2048), logits (B, 1008) without the bias.
+
+    weights: the folder of published files, the file itself, or "random". Source of the names: pytorch-fid.
+    """
+
+    def __init__(self, weights="weights"):
+        super().__init__()
+        self.stem = convolutions(
+            ("Conv2d_1a_3x3", 3, 32, 3, 2),
+            ("Conv2d_2a_3x3", 32, 32, 3),
+            ("Conv2d_2b_3x3", 32, 64, 3, 1, 1),
+            ("Conv2d_3b_1x1", 64, 80, 1),
+            ("Conv2d_4a_3x3", 80, 192, 3))
+        self.mixed = nn.ModuleDict({
+            "5b": block_a(192, 32), "5c": block_a(256, 64), "5d": block_a(288, 64),
+            "6a": block_b(),
+            "6b": block_c(128), "6c": block_c(160), "6d": block_c(160), "6e": block_c(192),
+            "7a": block_d(),
+            "7b": block_e(1280), "7c": block_e(2048)})
+        # Patch: 1008 outputs instead of torchvision's 1000, since the TensorFlow graph had them.
+        self.fc = nn.Linear(2048, 1008)
+        if weights != "random":
+            path = weight_file(INCEPTION, weights)
+            load_named(self, fold_batch_norm(read_weights(path), path), path)
+        self.requires_grad_(False).eval()
+        self.to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def forward(self, images):
+        with exact_float32():
+            pool = self.features(images)[-1]
+            return pool, pool @ self.fc.weight.T
+
+    def features(self, images):
+        """The averaged activations at 64, 192, 768 and 2048 channels, as torch-fidelity names them."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"uint8 images (B, 3, H, W) expected, got {images.dtype} {tuple(images.shape)}")
+        # Patch: TensorFlow's resize, and its (x - 128) / 128 instead of ImageNet's mean and std.
+        x = (tf1_resize(images.float()) - 128) / 128
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = chain(self.stem, ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"], x)
+        x = F.max_pool2d(x, 3, 2)
+        found = [x.mean((2, 3))]
+        x = chain(self.stem, ["Conv2d_3b_1x1", "Conv2d_4a_3x3"], x)
+        x = F.max_pool2d(x, 3, 2)
+        found.append(x.mean((2, 3)))
+        for name, block in self.mixed.items():
+            if name == "7a":
+                found.append(x.mean((2, 3)))
+            x = torch.cat(branches(block, x) + [pooled(name, block, x)], dim=1)
+        found.append(x.mean((2, 3)))
+        return found
+
+
+def pooled(name, block, x):
+    """The pooling branch of a block."""
+    if name in ("6a", "7a"):
+        return F.max_pool2d(x, 3, 2)
+    if name == "7c":        # Patch: the last block pools by maximum, where torchvision averages.
+        return chain(block, ["branch_pool"], F.max_pool2d(x, 3, 1, 1))
+    # Patch: TensorFlow's average leaves the padding out of the count.
+    return chain(block, ["branch_pool"], F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+
+
+def branches(block, x):
+    """The other branches: names of a common stem form a chain, and a chain may end in a fork (_2a, _2b)."""
+    chains = {}
+    for name in block:
+        if name != "branch_pool":
+            chains.setdefault(name.rpartition("_")[0] or name, []).append(name)
+    out = []
+    for names in chains.values():
+        fork = [name for name in names if name[-1] in "ab"]
+        end = chain(block, [name for name in names if name not in fork], x)
+        out += [chain(block, [name], end) for name in fork] or [end]
+    return out
+
+
+def chain(block, names, x):
+    for name in names:
+        x = F.relu(block[name](x), inplace=True)
+    return x
+
+
+def convolutions(*rows):
+    """Rows of (name, in, out, kernel[, stride[, padding]]). BatchNorm is folded into each convolution."""
+    return nn.ModuleDict({name: nn.Conv2d(*shape) for name, *shape in rows})
+
+
+def block_a(n, pool):
+    return convolutions(
+        ("branch1x1", n, 64, 1),
+        ("branch5x5_1", n, 48, 1),
+        ("branch5x5_2", 48, 64, 5, 1, 2),
+        ("branch3x3dbl_1", n, 64, 1),
+        ("branch3x3dbl_2", 64, 96, 3, 1, 1),
+        ("branch3x3dbl_3", 96, 96, 3, 1, 1),
+        ("branch_pool", n, pool, 1))
+
+
+def block_b():
+    return convolutions(
+        ("branch3x3", 288, 384, 3, 2),
+        ("branch3x3dbl_1", 288, 64, 1),
+        ("branch3x3dbl_2", 64, 96, 3, 1, 1),
+        ("branch3x3dbl_3", 96, 96, 3, 2))
+
+
+def block_c(c):
+    row, column = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
+    return convolutions(
+        ("branch1x1", 768, 192, 1),
+        ("branch7x7_1", 768, c, 1),
+        ("branch7x7_2", c, c, *row),
+        ("branch7x7_3", c, 192, *column),
+        ("branch7x7dbl_1", 768, c, 1),
+        ("branch7x7dbl_2", c, c, *column),
+        ("branch7x7dbl_3", c, c, *row),
+        ("branch7x7dbl_4", c, c, *column),
+        ("branch7x7dbl_5", c, 192, *row),
+        ("branch_pool", 768, 192, 1))
+
+
+def block_d():
+    row, column = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
+    return convolutions(
+        ("branch3x3_1", 768, 192, 1),
+        ("branch3x3_2", 192, 320, 3, 2),
+        ("branch7x7x3_1", 768, 192, 1),
+        ("branch7x7x3_2", 192, 192, *row),
+        ("branch7x7x3_3", 192, 192, *column),
+        ("branch7x7x3_4", 192, 192, 3, 2))
+
+
+def block_e(n):
+    row, column = ((1, 3), 1, (0, 1)), ((3, 1), 1, (1, 0))
+    return convolutions(
+        ("branch1x1", n, 320, 1),
+        ("branch3x3_1", n, 384, 1),
+        ("branch3x3_2a", 384, 384, *row),
+        ("branch3x3_2b", 384, 384, *column),
+        ("branch3x3dbl_1", n, 448, 1),
+        ("branch3x3dbl_2", 448, 384, 3, 1, 1),
+        ("branch3x3dbl_3a", 384, 384, *row),
+        ("branch3x3dbl_3b", 384, 384, *column),
+        ("branch_pool", n, 192, 1))
+
+
+def fold_batch_norm(state, path):
+    """Published names -> ours: (w x - mean) / sqrt(var + 1e-3) gamma + beta is a convolution with a bias."""
+    if "fc.weight" not in state or len(state["fc.weight"]) != 1008 or "AuxLogits.fc.weight" in state:
+        raise ValueError(f"{path} is not the Inception of FID (torchvision's weights give other scores): "
+                         f"{INCEPTION} is needed")
+    out = {n: w for n, w in state.items() if n.startswith("fc.")}
+    with naming(path, INCEPTION):
+        for name in [n.removesuffix(".conv.weight") for n in state if n.endswith(".conv.weight")]:
+            weight = state[f"{name}.conv.weight"].double()
+            gamma = state[f"{name}.bn.weight"].double()
+            beta = state[f"{name}.bn.bias"].double()
+            mean = state[f"{name}.bn.running_mean"].double()
+            var = state[f"{name}.bn.running_var"].double()
+            scale = gamma / (var + 1e-3).sqrt()
+            ours = name.replace("Conv2d", "stem.Conv2d").replace("Mixed_", "mixed.")
+            out[ours + ".weight"] = (weight * scale.view(-1, 1, 1, 1)).float()
+            out[ours + ".bias"] = (beta - mean * scale).float()
+    return out
+
+
+def tf1_resize(x, size=299):
+    """TensorFlow 1's bilinear resize of (B, 3, H, W): output i reads input i H / size, no half-pixel offset.
+
+    Each axis is one small matrix with two entries a row: exact, and cheaper than gathering four neighbours.
+    """
+    def matrix(n):
+        place = torch.arange(size, dtype=torch.float32) * torch.tensor(n / size, dtype=torch.float32)
+        low = place.long().clamp(max=n - 1)
+        high = (low + 1).clamp(max=n - 1)
+        rows = torch.arange(size)
+        m = torch.zeros(size, n)
+        m[rows, low] = 1 - (place - low)
+        m[rows, high] += place - low
+        return m.to(x)
+
+    return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).T
+
+
+# ---------------------------------------------------------------- reading samples and references
+
+class Arrays:
+    """The images of an npz (arr_0, uint8 NHWC) as a data set; each process that reads it opens the path."""
+
+    def __init__(self, path):
+        self.root = path
+        self.images = None
+        images = stored_array(path, "arr_0")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 3), not {images.dtype} {images.shape}")
+        self.shape = images.shape
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, i):
+        if self.images is None:
+            self.images = stored_array(self.root, "arr_0")
+        return torch.from_numpy(self.images[i].transpose(2, 0, 1).copy()), 0
+
+
+def stored_array(path, name):
+    """An array of an npz, mapped from disk where it is not compressed: 50,000 images are 10 GB a process."""
+    with zipfile.ZipFile(path) as file:
+        info = file.getinfo(name + ".npy")
+        if info.compress_type != zipfile.ZIP_STORED:
+            return np.load(path, allow_pickle=False)[name]
+        with file.open(info) as f:
+            version = np.lib.format.read_magic(f)
+            read_header = (np.lib.format.read_array_header_2_0 if version == (2, 0)
+                           else np.lib.format.read_array_header_1_0)
+            shape, fortran, dtype = read_header(f)
+            header = f.tell()
+    if dtype.hasobject:
+        raise ValueError(f"{path} holds pickled objects")
+    with open(path, "rb") as f:  # the local file header: 30 bytes, a name, an extra field
+        f.seek(info.header_offset + 26)
+        name_and_extra = np.frombuffer(f.read(4), "<u2").sum()
+    start_of_array = info.header_offset + 30 + int(name_and_extra) + header
+    return np.memmap(path, dtype, "r", start_of_array, shape, "F" if fortran else "C")
+
+
+def read(path, image_size=None):
+    """Folder or npz -> {"images": data set or None, "image_size"}, and where given mu, sigma, n, features."""
+    if os.path.isdir(path):
+        data = ImageFolder(path, image_size)
+        return {"images": data, "image_size": data[0][0].shape[1]}
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no folder or npz at {path!r}")
+    if path.endswith(".npy"):
+        raise ValueError(f"{path} is one array (.npy); an .npz is needed: np.savez(path, arr_0=images)")
+    found = {"images": None, "image_size": None}
+    with naming(path,
+                "an npz of images (arr_0) or statistics (mu, sigma): truncated, or of another kind"):
+        with np.load(path, allow_pickle=False) as file:
+            names = set(file.files)
+            for name in names & {"n", "image_size", "features"}:    # in our own files
+                found[name] = file[name].item()
+            if {"mu", "sigma"} <= names:
+                found["mu"], found["sigma"] = file["mu"].squeeze(), file["sigma"]
+                width = found["mu"].size
+                if found["mu"].shape != (width,) or found["sigma"].shape != (width, width):
+                    shapes = f"mu {file['mu'].shape} and sigma {file['sigma'].shape}"
+                    raise ValueError(f"{path}: {shapes} are no mean and "
+                                     "covariance")
+            elif "arr_0" not in names:
+                raise ValueError(f"{path}: neither images (arr_0) nor statistics (mu, sigma) in it")
+        if "arr_0" in names:
+            found["images"] = Arrays(path)
+            found["image_size"] = found["images"].shape[1]
+    return found
+
+
 def check_statistics(features, side):
     """ValueError where the statistics of a read() result are not of these features."""
-    kind, width = side.get("features", features.name), len(side.get("mu", range(features.width)))
+    kind = side.get("features", features.name)
+    width = len(side["mu"]) if "mu" in side else features.width
     if (kind, width) != (features.name, features.width):
         raise ValueError(f"statistics of {width} {kind} features; {features.name} has {features.width}")
 
 
-def compare(features, samples, reference, device, batch=64, workers=0):
+def open_reference(path, features, image_size, workers=0):
+    """What FID is measured against: an npz, a folder of images, "shapes" (held-out drawn ones), or None.
+
+    -> {mu, sigma, name, image_size, resized: what is said of images of another size}, or None.
+    """
+    if path is None or features is None:
+        return None
+    side = {"images": Shapes(image_size, 1024, seed=1)} if path == "shapes" else read(path, image_size)
+    check_statistics(features, side)
+    if "mu" not in side:
+        side |= extract_data(features, side["images"], workers=workers)
+    size = side.get("image_size") or known_size(path)
+    resized = (f", images brought from {image_size} to {size} px by Lanczos" if size not in (None,
+                                                                                             image_size)
+               else "")
+    return {"mu": side["mu"], "sigma": side["sigma"], "name": path, "image_size": size,
+            "resized": resized}
+
+
+def known_size(path):
+    """Published statistics hold no image size, but their names do (val_fid_statistics_file_256.npz)."""
+    sizes = re.findall(r"(?<!\d)(64|128|256|512)(?!\d)", os.path.basename(path))
+    return int(sizes[0]) if sizes else None
+
+
+def compare(features, samples, reference, batch=64, workers=0):
     """Two results of read() -> scores, with what they were measured on. FID uses statistics where a file has
     them; precision and recall need images on both sides, IS those of the samples."""
     for side in (samples, reference):
         check_statistics(features, side)
-    both, sides = samples["images"] is not None and reference["images"] is not None, []
+    both = samples["images"] is not None and reference["images"] is not None
+    found = []
     for side in (samples, reference):
-        found = {"logits": None}
+        rows = {"logits": None}
         if side["images"] is not None and ("mu" not in side or both):
-            names = "mu", "sigma", "n", "logits", "rows"
-            found = dict(zip(names, extract(features, side["images"], device, batch, both, workers)))
-        sides.append(found | ({k: side.get(k) for k in ("mu", "sigma", "n")} if "mu" in side else {}))
-    a, b = sides
-    scores = {features.score: frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])}
-    if a["logits"] is not None and len(a["logits"]) >= 10:
-        scores["IS"], scores["IS_std"] = inception_score(a["logits"])
-    if both:
-        scores["precision"], scores["recall"] = precision_recall(b["rows"].to(device), a["rows"].to(device))
+            rows = extract_data(features, side["images"], batch, workers, keep=both)
+        found.append(rows | {k: side.get(k) for k in ("mu", "sigma", "n") if "mu" in side})
+    one, other = found
+    scores = {features.score: frechet(one, other)}
+    if one["logits"] is not None and len(one["logits"]) >= 10:
+        scores["IS"], scores["IS_std"] = inception_score(one["logits"])
+    if both and min(len(one["rows"]), len(other["rows"])) > 3:
+        real, fake = other["rows"].to(features.device), one["rows"].to(features.device)
+        scores["precision"], scores["recall"] = precision_recall(real, fake)
+    elif both:
+        print_once("precision and recall: they need 4 images on both sides")
     sizes = samples["image_size"], reference["image_size"]
     if all(sizes) and sizes[0] != sizes[1]:
         warnings.warn(f"images of {sizes[0]} px against {sizes[1]} px")
-    return scores | {"n": a["n"], "n_reference": b["n"], "features": features.name}
+    return scores | {"n": one["n"], "n_reference": other["n"], "features": features.name}
 
+
+# ---------------------------------------------------------------- command line
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("samples", help="npz with arr_0 (uint8 NHWC) or mu and sigma, or a folder of images")
     add("reference", nargs="?", help="the same kinds; ADM's VIRTUAL_imagenet256_labeled.npz for gFID")
-    add("--save_stats", metavar="FILE.npz", help="write mu, sigma, n of the one input instead of comparing")
-    add("--features", default="inception", help="inception (FID), or a teacher or teacher.pt (FD)")
-    add("--weights", default="weights", help="folder of published files, or the one file; free ones download")
+    add("--save_stats", metavar="FILE.npz",
+        help="write mu, sigma, n of the one input instead of comparing")
+    add("--features", default="inception", help="inception (FID), or a teacher or its file (FD)")
+    add("--weights", default="weights",
+        help="folder of published files, or the one file; absent ones download")
     add("--image_size", type=int, help="centre-crop the images of folders to this size")
     add("--batch", type=int, default=64, help="images at a time")
     add("--json", action="store_true", help="one line of JSON instead of the table")
@@ -429,33 +720,42 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    device, rank, world = start()
+    device, rank, _ = start()
+    target = args.save_stats
+    if target:
+        target = target if target.endswith(".npz") else target + ".npz"
+        check_writable(target)
     samples = read(args.samples, args.image_size)
-    reference = None if args.save_stats else read(args.reference, args.image_size)
-    features = Features(args.features, args.weights, device)
-    workers = cores()
-    if args.save_stats:
+    features = None
+    if target:
         if samples["images"] is None:
             raise ValueError(f"{args.samples} holds statistics already")
-        mu, sigma, n, *_ = extract(features, samples["images"], device, args.batch, workers=workers)
+        features = Features(args.features, args.weights, device)
+        found = extract_data(features, samples["images"], args.batch, cores())
         if rank == 0:
+            with atomic(target) as f:
+                np.savez(f, mu=found["mu"], sigma=found["sigma"], n=found["n"],
+                         image_size=samples["image_size"], features=features.name)
             size = samples["image_size"]
-            np.savez(args.save_stats, mu=mu, sigma=sigma, n=n, image_size=size, features=features.name)
-            print(f"wrote {args.save_stats}: {n} images of {size} px, {args.features} features")
-    else:
-        scores = compare(features, samples, reference, device, args.batch, workers)
-        scores |= {"samples": args.samples, "reference": args.reference}
-        if rank == 0 and args.json:
-            print(json.dumps(scores))
-        elif rank == 0:
-            print("\n".join(f"{name:>12}  {value if not isinstance(value, float) else f'{value:.4f}'}"
-                            for name, value in scores.items()))
-    if world > 1:
-        dist.destroy_process_group()
+            print(f"wrote {target}: {found['n']} images of {size} px, {args.features} features")
+        return
+    reference = read(args.reference, args.image_size)
+    features = Features(args.features, args.weights, device)
+    scores = compare(features, samples, reference, args.batch, cores())
+    scores |= {"samples": args.samples, "reference": args.reference}
+    if rank == 0 and args.json:
+        print(json.dumps(scores))
+    elif rank == 0:
+        for name, value in scores.items():
+            print(f"{name:>12}  {f'{value:.4f}' if isinstance(value, float) else value}")
+
+
+def check_writable(path):
+    """Before hours of work."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write {path}: its folder does not exist or is read-only")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)

@@ -1,521 +1,88 @@
-"""The RecTok tokenizer: images, the rectified flow of both stages, the frozen teacher, the model, loading.
+"""The RecTok tokenizer: the rectified flow, the model, its frozen teacher; then files, images and processes.
 
     from tokenizer import load_tokenizer
-    tokenizer = load_tokenizer("RecTok.pth")  # ours or the authors' file -> eval mode, EMA weights
-    mean, logvar = tokenizer.encode(images)                 # (B, 3, H, W) in [-1, 1] -> (B, N, C) each
-    images = tokenizer.decode(mean)                         # (B, N, C) -> (B, 3, H, W)
+    tokenizer = load_tokenizer("RecTok.pth")        # ours or the authors' file -> eval mode, EMA weights
+    mean, logvar = tokenizer.encode(images)         # (B, 3, H, W) in [-1, 1] -> (B, N, C) each
+    images = tokenizer.decode(mean)                 # (B, N, C) -> (B, 3, H, W)
 
-Letters: B images, N tokens (row-major, a square grid), K visible tokens, C latent channels, D teacher width.
-METHOD: RecTok, arXiv 2512.13421. Where paper and code differ, the code made the weights and is followed.
+Letters: B images, N tokens (a square grid, row by row), K visible tokens, C latent channels, D teacher width,
+W width of a network. Source: RecTok, arXiv 2512.13421. Where paper and released code differ, the code is
+followed: it made the published weights.
 """
-import glob
+import atexit
+import contextlib
 import hashlib
 import json
 import math
+import multiprocessing
 import os
-import pickle
 import re
-import time
+import signal
+import sys
+import tempfile
+import traceback
 import warnings
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-
-
-# ---------------------------------------------------------------- images: uint8 (3, size, size), and a label
-
-def center_crop(image, size):
-    """PIL -> PIL, size x size: ADM's crop (halve by box while twice too large, bicubic, then the centre)."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(f"{image.width} x {image.height} pixels are too long and narrow to scale up")
-    left, top = (width - size) // 2, (height - size) // 2
-    # Pillow scales along x, rounds, then along y: cropping in between gives the same pixels sooner.
-    image = image.resize((width, image.height), Image.Resampling.BICUBIC)
-    image = image.crop((left, 0, left + size, image.height))
-    return image.resize((size, height), Image.Resampling.BICUBIC).crop((0, top, size, top + size))
-
-
-class ImageFolder:
-    """root/class/**/*.jpg (label = rank of the class name), or a flat folder (label 0), in sorted order.
-
-    [i] or [(epoch, i)] -> uint8 (3, size, size), label. The coin of flip depends on (seed, epoch, i) alone.
-    EXIF orientation is ignored, as in the published pipeline. An unreadable file is replaced by the next
-    readable one, with a warning that names it, and counted in `bad` (shared with loader processes).
-    """
-    EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-
-    def __init__(self, root, size, flip=False, seed=0):
-        if not os.path.isdir(root):
-            raise FileNotFoundError(f"folder {root!r} does not exist: give root/class/*.jpg or a flat folder")
-        self.root, self.size, self.flip, self.seed = root, size, flip, seed
-        paths, labels, self.classes = [], [], []
-        for name in sorted(entry.name for entry in os.scandir(root) if entry.is_dir()):
-            found = [os.path.join(folder, f)
-                     for folder, _, files in os.walk(os.path.join(root, name), followlinks=True)
-                     for f in files if f.lower().endswith(self.EXTENSIONS)]
-            if found:
-                paths += sorted(found)
-                labels += [len(self.classes)] * len(found)
-                self.classes.append(name)
-        if not paths:
-            paths = sorted(e.path for e in os.scandir(root) if e.name.lower().endswith(self.EXTENSIONS))
-            labels, self.classes = [0] * len(paths), ["0"]
-        if not paths:
-            raise ValueError(f"folder {root!r} holds no image (extensions {', '.join(self.EXTENSIONS)})")
-        self.paths = np.array([os.fsencode(p) for p in paths])  # one buffer: forked loaders do not copy it
-        self.labels, self.num_classes = np.array(labels), len(self.classes)
-        self.bad, self.named = torch.zeros(1, dtype=torch.long).share_memory_(), set()
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, key):
-        epoch, i = key if isinstance(key, tuple) else (0, key)
-        for j in range(100):
-            path = os.fsdecode(self.paths[i if j == 0 else (i + j) % len(self)])
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # odd palettes or EXIF blocks are not worth a line each
-                    warnings.simplefilter("error", Image.DecompressionBombWarning)
-                    image = Image.open(path).convert("RGB")
-                    image = center_crop(image, self.size) if self.size else image
-                break
-            except Exception as error:                           # PIL raises many kinds on hostile files
-                self.bad += j == 0
-                if path not in self.named:
-                    warnings.warn(f"skipped unreadable image {path!r} ({type(error).__name__}: {error})")
-                self.named.add(path)
-        else:
-            raise ValueError(f"100 unreadable images in a row in {self.root!r}, the last one {path!r}")
-        if self.flip and np.random.default_rng((self.seed, epoch, i)).random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a view: collating makes it contiguous
-        return pixels, int(self.labels[(i + j) % len(self)])
-
-
-class Shapes:
-    """Plainly coloured shapes, drawn on the fly, anti-aliased; [i] depends on (seed, i) alone."""
-    DISTANCE = {  # signed distance from the outline, radius about 1, negative inside; v points down
-        "circle": lambda u, v: np.hypot(u, v) - 0.95,
-        "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.75) - 0.22,
-        "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.8,
-        "diamond": lambda u, v: (np.abs(u) + np.abs(v) - 1.1) / 2 ** 0.5,
-        "triangle": lambda u, v: np.maximum(v - 0.6, 0.87 * np.abs(u) - 0.5 * v - 0.55),
-        "cross": lambda u, v: np.maximum(np.minimum(np.abs(u), np.abs(v)) - 0.3,
-                                        np.maximum(np.abs(u), np.abs(v)) - 1),
-        "flower": lambda u, v: np.hypot(u, v) - 0.7 - 0.3 * np.cos(5 * np.arctan2(u, -v)),
-        "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 1, 0.7 - np.hypot(u - 0.55, v)),
-    }
-    classes, num_classes = list(DISTANCE), len(DISTANCE)
-
-    def __init__(self, size, length, seed=0):
-        self.size, self.length, self.seed = size, length, seed
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, key):
-        i = key[1] if isinstance(key, tuple) else key
-        if not 0 <= i < self.length:
-            raise IndexError(i)
-        rng, label = np.random.default_rng((self.seed, i)), i % self.num_classes
-        radius, angle = rng.uniform(0.7, 0.85), rng.uniform(-0.12, 0.12)
-        x, y = (np.arange(self.size) + 0.5) / self.size * 2 - 1 - rng.uniform(-0.1, 0.1, (2, 1))
-        u = (np.cos(angle) * x[None, :] + np.sin(angle) * y[:, None]) / radius
-        v = (np.cos(angle) * y[:, None] - np.sin(angle) * x[None, :]) / radius
-        cover = np.clip(0.5 - self.DISTANCE[self.classes[label]](u, v) * radius * self.size / 2, 0, 1)
-        hue = rng.uniform(0, 6) + np.array([0, 4, 2])[:, None, None]     # a plain colour, on light grey
-        shape = 0.15 + 0.6 * np.clip(np.abs(hue % 6 - 3) - 1, 0, 1)
-        ground = rng.uniform(0.75, 0.95)
-        return torch.from_numpy(np.round(255 * (ground + cover * (shape - ground))).astype(np.uint8)), label
-
-
-def cores():
-    """CPU cores for this process's loaders: what the machine grants, divided among its processes."""
-    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, granted // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def to_float(images):
-    """uint8 (B, 3, H, W) -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images):
-    """Float images in [-1, 1] (overshoot is clamped) -> uint8, rounded, not truncated."""
-    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
 
 # ---------------------------------------------------------------- the rectified flow, shared by both stages
-# t = 0 is noise, t = 1 is data:   z_t = t z + (1 - t) noise,   velocity dz_t / dt = z - noise.
-# The tokenizer is trained on z_t at the same t that the DiT will be: that is the point of RecTok.
+# t = 1 is data, the latents z; t = 0 is noise:
+#
+#     z_t = t z + (1 - t) noise          velocity dz_t / dt = z - noise
+#
+# Stage 2 trains a DiT on z_t. So stage 1 trains the tokenizer on the same z_t, at the same t: that is RecTok.
 
 def latent_shift(N, C):
-    """The timestep shift s for N tokens of C channels: more dimensions need more noise to hide a signal."""
+    """The timestep shift s for N tokens of C channels: a larger latent needs more noise to hide it."""
     return max(1.0, math.sqrt(N * C / 4096))
 
 
-def sample_time(n, shift, u=None):
-    """n times (n,): t = 1 - s u / (1 + (s - 1) u), u ~ U(0, 1), given or drawn. s > 1 moves mass to noise."""
-    u = torch.rand(n) if u is None else u
+def sample_time(n, shift, u=None, schedule="shift", device=None):
+    """n times (n,) in [0, 1]: t = 1 - s u / (1 + (s - 1) u) with u ~ U(0, 1), given or drawn here.
+
+    s = 1 is uniform; s > 1 favours the noisy end. Other schedules are ablations of stage 1: "uniform", and
+    "lognormal", where the noise level 1 - t is the sigmoid of a standard normal variable.
+    """
+    if schedule == "lognormal":
+        return 1 - torch.randn(n, device=device).sigmoid()
+    if schedule == "uniform":
+        shift = 1.0
+    if u is None:
+        u = torch.rand(n, device=device)
     return 1 - shift * u / (1 + (shift - 1) * u)
 
 
 def flow(z, noise, t):
-    """z_t = t z + (1 - t) noise, with one t (B,) an image."""
+    """z_t = t z + (1 - t) noise. z, noise (B, ...), t (B,): one time for all tokens of an image."""
     t = t.view(-1, *[1] * (z.ndim - 1))
     return t * z + (1 - t) * noise
 
 
-def random_keep(B, N, ratio, noise=None):
-    """Indices of VISIBLE patches, (B, K) long, K = ceil(N (1 - ratio)): the K smallest of noise (B, N)."""
-    noise = torch.rand(B, N) if noise is None else noise
-    return noise.argsort(dim=1)[:, :math.ceil(N * (1 - ratio))]
+def random_keep(B, N, ratio, noise=None, device=None):
+    """Indices of the VISIBLE patches, (B, K) long: a share `ratio` is hidden, K = ceil(N (1 - ratio)).
 
-
-def gather_tokens(x, index):
-    """x (B, N, W), index (B, K) -> (B, K, W)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-# ---------------------------------------------------------------- transformer parts (also used by dit.py)
-
-def axial_rope(coords, freqs):
-    """coords (grid,), freqs (d/2,) -> cos, sin (2, grid^2, d): rows turn the first d/2, columns the rest.
-
-    The sine carries the sign of rotate: adjacent channels (a, b) become (a cos - b sin, b cos + a sin).
+    They are the places of the K smallest of noise (B, N), given or drawn here: another set for each image.
     """
-    angle = (coords[:, None] * freqs).expand(len(coords), -1, -1)  # (grid, grid, d/2), varies along dim 1
-    angle = torch.cat([angle.transpose(0, 1), angle], -1).flatten(0, 1)     # (N, d)
-    sign = torch.tensor([-1.0, 1.0], device=angle.device).repeat(angle.shape[1] // 2)
-    return torch.stack([angle.cos(), sign * angle.sin()])
+    if noise is None:
+        noise = torch.rand(B, N, device=device)
+    K = math.ceil(N * (1 - ratio))
+    return noise.argsort(dim=1)[:, :K].contiguous()
 
 
-def rotate(x, rope):
-    """x cos + (x, adjacent channels swapped) sin, in float32. x (B, N, 2, heads, d), rope from axial_rope."""
-    cos, sin = rope[..., None, None, :]                                     # ([B,] N, 1, 1, d), float32
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+# ---------------------------------------------------------------- the tokenizer
 
-
-class Attention(nn.Module):
-    def __init__(self, width, heads, qk_norm=False):
-        super().__init__()
-        if width % heads or width // heads % 4:
-            raise ValueError(f"width {width} over {heads} heads: the head width must be a multiple of 4")
-        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-
-    def forward(self, x, rope=None):
-        """x (B, N, W), rope (2, N, d) or (2, B, N, d) -> (B, N, W)."""
-        qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).split((2, 1), 2)  # (B, N, 2 or 1, heads, d)
-        if not isinstance(self.q_norm, nn.Identity):
-            qk = torch.stack((self.q_norm(qk[:, :, 0]), self.k_norm(qk[:, :, 1])), 2)
-        qk = qk if rope is None else rotate(qk, rope)
-        q, k, v = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), v[:, :, 0].transpose(1, 2)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        hidden = int(2 / 3 * 4 * width)
-        self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
-
-    def forward(self, x):
-        gate, value = self.w12(x).chunk(2, -1)
-        return self.w3(F.silu(gate) * value)
-
-
-class Block(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.norm1, self.attn = nn.RMSNorm(width, eps=1e-6), Attention(width, heads)
-        self.norm2, self.mlp = nn.RMSNorm(width, eps=1e-6), SwiGLU(width)
-
-    def forward(self, x, rope):
-        x = x + self.attn(self.norm1(x), rope)
-        return x + self.mlp(self.norm2(x))
-
-
-# ---------------------------------------------------------------- files of weights
-
-WEIGHTS = {  # published file -> where it downloads from (torch.hub checks the hash that stands in a name)
-    "vgg16-397923af.pth": "https://download.pytorch.org/models/vgg16-397923af.pth",
-    "vgg.pth": "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
-    "convnext_small-0c510722.pth": "https://download.pytorch.org/models/convnext_small-0c510722.pth",
-    "pt_inception-2015-12-05-6726825d.pth": "https://github.com/mseitzer/pytorch-fid/releases/download/"
-                                            "fid_weights/pt_inception-2015-12-05-6726825d.pth",
-    "vit_large_patch16_siglip_256.webli.safetensors":
-        "https://huggingface.co/timm/vit_large_patch16_siglip_256.webli/resolve/main/model.safetensors",
-}
-
-
-def weight_file(name, weights="weights"):
-    """Path of a published file: `weights` itself if it is a file, else weights/name, downloaded if absent."""
-    if os.path.isfile(weights):
-        return weights
-    found = glob.glob(os.path.join(glob.escape(weights), "**", name), recursive=True)       # subfolders too
-    if len(found) > 1:
-        raise ValueError(f"several files of that name, keep one: {', '.join(sorted(found))}")
-    path = found[0] if found else os.path.join(weights, name)
-    if not found:
-        url = WEIGHTS.get(name)
-        if not url:
-            raise FileNotFoundError(f"{path} is missing and cannot be downloaded freely: accept its licence "
-                                    "at ai.meta.com (resources, dinov3-downloads) and put the file there, "
-                                    "or use the free --teacher dinov2_vitl14")
-        os.makedirs(weights, exist_ok=True)
-        while os.environ.get("LOCAL_RANK", "0") != "0" and not os.path.exists(path):
-            time.sleep(1)  # one process a machine downloads; if it fails, torchrun ends the others
-        try:                                                     # to a temporary file first, then renamed
-            if not os.path.exists(path):
-                hashes = re.findall(r"-([0-9a-f]{8})\.", name)
-                torch.hub.download_url_to_file(url, path, hash_prefix=hashes[-1] if hashes else None)
-        except Exception as error:
-            raise OSError(f"could not download {url} ({error}); put it at {path} yourself") from error
-    return path
-
-
-def read_weights(path):
-    """Tensors (or our checkpoint dict) from .pth, .pt or .safetensors, on the CPU; never runs its code."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no file of weights at {path!r}")
-    try:
-        if path.endswith(".safetensors"):  # u64 length, JSON header, raw little-endian bytes
-            with open(path, "rb") as f:
-                header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-                data = bytearray(f.read())
-            types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-                     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-            header.pop("__metadata__", None)
-            return {name: torch.frombuffer(data, dtype=types[t["dtype"]], count=math.prod(t["shape"]),
-                                           offset=t["data_offsets"][0]).view(t["shape"])
-                    for name, t in header.items()}
-        file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        if not isinstance(file, dict):
-            raise ValueError(f"a {type(file).__name__}, no dict of tensors")
-        return file
-    except pickle.UnpicklingError as error:
-        why = str(error).strip().splitlines()[-1 if len(str(error)) < 200 else 0]
-        raise ValueError(f"{path!r} holds more than tensors (code?) or none and is refused: {why}") from error
-    except Exception as error:
-        raise ValueError(f"{path!r} is corrupt, truncated or no .pt, .pth or .safetensors file of weights "
-                         f"({type(error).__name__}: {error})") from error
-
-
-def load_named(module, state, path):
-    """load_state_dict that says, for a person, which names are missing, surplus or of another shape."""
-    own = module.state_dict()
-    wrong = [f"{n}: file {tuple(state[n].shape)}, model {tuple(own[n].shape)}" for n in own
-             if n in state and state[n].shape != own[n].shape]
-    for title, names in (("missing", own.keys() - state.keys()), ("surplus", state.keys() - own.keys()),
-                         ("of another shape", wrong)):
-        if names:
-            listed = ", ".join(sorted(names)[:8]) + ", ..." * (len(names) > 8)
-            raise ValueError(f"{path}: {len(names)} tensors {title}: {listed}")
-    module.load_state_dict(state)
-    return module
-
-
-# ---------------------------------------------------------------- the teacher (vision foundation model, VFM)
-
-class DINO(nn.Module):
-    """One ViT for DINOv2 (version 2), DINOv3 (3) and timm's SigLIP ("siglip"): images -> cls, patches.
-
-    Facts from facebookresearch/dinov2, facebookresearch/dinov3 and timm. RoPE channels are stored in adjacent
-    pairs (load_published permutes DINOv3's halves once), so that the Attention above serves.
-    """
-
-    def __init__(self, version, width, depth, heads, patch, image_size, registers=0):
-        super().__init__()
-        eps, grid = 1e-5 if version == 3 else 1e-6, image_size // patch
-        self.version, self.patch, self.heads, self.grid = version, patch, heads, grid
-        self.patch_embed = nn.Conv2d(3, width, patch, patch)
-        if version != "siglip":
-            self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        if registers:
-            self.registers = nn.Parameter(0.02 * torch.randn(1, registers, width))
-        if version != 3:
-            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, grid ** 2 + (version == 2), width))
-        self.blocks = nn.ModuleList(DINOBlock(width, heads, eps, version != "siglip") for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps)
-
-    def positions(self, grid):
-        """Position embedding of a grid x grid input, (1, [1 +] grid^2, W)."""
-        pos = self.pos_embed
-        if grid == self.grid:
-            return pos
-        if self.version == "siglip":
-            raise ValueError(f"SigLIP was trained at {self.grid * self.patch} px, not {grid * self.patch}")
-        table = pos[:, 1:].unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2).float()
-        if hasattr(self, "registers"):        # the register models: exact size, antialiased
-            table = F.interpolate(table, size=(grid, grid), mode="bicubic", antialias=True)
-        else:  # the first models: scale with an offset of 0.1, as they were trained
-            table = F.interpolate(table, scale_factor=(grid + 0.1) / self.grid, mode="bicubic")
-        return torch.cat([pos[:, :1], table.flatten(2).transpose(1, 2)], 1)
-
-    def rope(self, grid, prefix, device):
-        """DINOv3: coords in [-1, 1], periods 100^(4i/d); prefix tokens do not turn. (2, prefix + N, d)."""
-        d = self.blocks[0].attn.qkv.in_features // self.heads
-        periods = 100 ** (torch.arange(d // 4, device=device) * 4 / d)
-        coords = (torch.arange(grid, device=device) + 0.5) / grid * 2 - 1
-        rope = axial_rope(coords, (2 * math.pi / periods).repeat_interleave(2))
-        still = torch.tensor([1.0, 0.0], device=device).view(2, 1, 1).expand(2, prefix, d)
-        return torch.cat([still, rope], 1)
-
-    def forward(self, x):
-        """x (B, 3, H, H) normalised -> class token (B, D) (SigLIP: mean), patches (B, N, D), both normed."""
-        x = self.patch_embed(x)
-        B, _, grid, _ = x.shape
-        x, rope = x.flatten(2).transpose(1, 2), None
-        if self.version != "siglip":
-            x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1)
-        if self.version != 3:
-            x = x + self.positions(grid)
-        if hasattr(self, "registers"):
-            x = torch.cat([x[:, :1], self.registers.expand(B, -1, -1), x[:, 1:]], 1)
-        prefix = x.shape[1] - grid ** 2
-        if self.version == 3:
-            rope = self.rope(grid, prefix, x.device)
-        for block in self.blocks:
-            x = block(x, rope)
-        x = self.norm(x)
-        return x[:, 0] if prefix else x.mean(1), x[:, prefix:]
-
-    def load_published(self, state, path="the teacher's file"):
-        """Takes the published names (DINOv3 also Hugging Face's); anything missing or surplus is an error."""
-        state = dict(state)
-        if any("layer.0." in name for name in state):
-            state = _from_hugging_face(state)
-        drop = re.compile(r"mask_token|rope_embed\.|.*bias_mask|attn_pool\.")  # not used for clean features
-        state = {n: w for n, w in state.items() if not drop.match(n)}
-        state = {re.sub(r"^(storage|register)_tokens", "registers", n)
-                 .replace("patch_embed.proj", "patch_embed"): w for n, w in state.items()}
-        for n in [n for n in state if self.version == 3 and "attn.qkv" in n]:
-            w = state[n].unflatten(0, (3, self.heads, 2, -1)).clone()  # halves (2, d/2) of each head
-            if n.endswith("bias"):
-                w[1] = 0                                                           # DINOv3 masks the key bias
-            w[:2] = w[:2].transpose(2, 3).reshape(w[:2].shape)  # -> adjacent pairs, for q and k
-            state[n] = w.flatten(0, 3)
-        return load_named(self, state, path)
-
-
-class DINOBlock(nn.Module):
-    def __init__(self, width, heads, eps, scaled=True):
-        super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(width, eps), Attention(width, heads)
-        self.norm2, self.mlp = nn.LayerNorm(width, eps), nn.Module()
-        self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.ls1, self.ls2 = nn.Module(), nn.Module()
-        self.ls1.gamma = nn.Parameter(torch.ones(width)) if scaled else 1  # layer scale; SigLIP has none
-        self.ls2.gamma = nn.Parameter(torch.ones(width)) if scaled else 1
-
-    def forward(self, x, rope):
-        x = x + self.ls1.gamma * self.attn(self.norm1(x), rope)
-        return x + self.ls2.gamma * self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
-
-
-def _from_hugging_face(state):
-    """transformers' DINOv3 names -> the published ones, q, k and v in one tensor (k has no bias)."""
-    out, table = {}, {"attention.o_proj": "attn.proj", "mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2",
-                      "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma",
-                      "embeddings.patch_embeddings": "patch_embed.proj",
-                      "embeddings.register_tokens": "storage_tokens"}
-    for name, w in state.items():
-        name = re.sub(r"^(model\.)?layer\.", "blocks.", name)
-        for old, new in table.items():
-            name = name.replace(old, new)
-        out[name.replace("embeddings.", "")] = w
-    for name in [n for n in out if n.endswith("attention.q_proj.weight")]:
-        block = name[:-len("attention.q_proj.weight")]
-        for kind in ("weight", "bias"):
-            q, v = out.pop(f"{block}attention.q_proj.{kind}"), out.pop(f"{block}attention.v_proj.{kind}")
-            k = out.pop(f"{block}attention.k_proj.{kind}", torch.zeros_like(q))
-            out[f"{block}attn.qkv.{kind}"] = torch.cat([q, k, v])
-    return out
-
-
-TEACHERS = {"siglip_vitl16_256": ("siglip", 1024, 24, 16, 16, 256, 0,
-                                  "vit_large_patch16_siglip_256.webli.safetensors")}
-for _size, _width, _depth, _heads, _hash in (("s", 384, 12, 6, "08c60483"), ("b", 768, 12, 12, "73cec8be"),
-                                             ("l", 1024, 24, 16, "8aa4cbdd")):
-    TEACHERS[f"dinov3_vit{_size}16"] = (3, _width, _depth, _heads, 16, 256, 4,
-                                        f"dinov3_vit{_size}16_pretrain_lvd1689m-{_hash}.pth")
-    for _name, _registers in (("", 0), ("_reg", 4)):
-        _file = f"dinov2_vit{_size}14{'_reg4' if _registers else ''}_pretrain.pth"
-        TEACHERS[f"dinov2_vit{_size}14{_name}"] = (2, _width, _depth, _heads, 14, 518, _registers, _file)
-        WEIGHTS[_file] = f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{_size}14/{_file}"
-
-
-class Teacher(nn.Module):
-    """The one way from images in [-1, 1] (B, 3, H, H) to VFM features (B, N, D): always eval, no gradient.
-
-    stride: image pixels a token. DINOv2 (patch 14) sees the image at 14/16 of its size, so its grid is ours.
-    """
-
-    def __init__(self, net, stride=16, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-        super().__init__()
-        self.net, self.stride, self.width = net.requires_grad_(False), stride, net.norm.normalized_shape[0]
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        super().train(False)
-
-    def train(self, mode=True):
-        return self                                      # a frozen teacher has no training mode
-
-    @torch.no_grad()
-    def features(self, images):
-        """-> class token (B, D), patch tokens (B, N, D), after the final norm."""
-        grid, rest = divmod(images.shape[-1], self.stride)
-        if rest or images.shape[-1] != images.shape[-2]:
-            raise ValueError(f"teacher of stride {self.stride}: {tuple(images.shape[-2:])} has no such grid")
-        x = (images * 0.5 + 0.5 - self.mean) / self.std
-        if self.net.patch != self.stride:
-            x = F.interpolate(x, size=grid * self.net.patch, mode="bilinear", align_corners=False)
-        cls, patches = self.net(x)
-        assert patches.shape[1] == grid ** 2
-        return cls, patches
-
-    def forward(self, images):
-        return self.features(images)[1]
-
-
-def load_teacher(name, weights="weights"):
-    """A Teacher by name (TEACHERS) or by the path of a teacher.pt of ours.
-
-    weights: the folder of published files, one such file, or "random" (timing and tests). DINOv3 may also lie
-    there as NAME.safetensors, with the Hugging Face names.
-    """
-    if name not in TEACHERS:
-        if not os.path.isfile(name):
-            raise ValueError(f"unknown teacher {name!r}: choose from {', '.join(sorted(TEACHERS))}, "
-                             "or give a teacher.pt")
-        file = read_weights(name)
-        net = load_named(DINO(**file["config"]), file["model"], name)
-        return Teacher(net, net.patch, (0.5,) * 3, (0.5,) * 3)
-    *shape, file = TEACHERS[name]
-    net = DINO(*shape)
-    if weights != "random":
-        face = os.path.join(weights, f"{name}.safetensors")
-        path = face if os.path.isfile(face) else weight_file(file, weights)
-        net.load_published(read_weights(path), path)
-    return Teacher(net, 16, (0.5,) * 3, (0.5,) * 3) if name.startswith("siglip") else Teacher(net)
-
-
-# ---------------------------------------------------------------- the model
-
-SIZES = {  # width, layers, heads
+SIZES = {  # width, layers, attention heads
     "nano":  (96, 3, 3),          # ours, for --tiny
     "tiny":  (192, 3, 4),
     "small": (512, 8, 8),
@@ -528,196 +95,614 @@ SIZES = {  # width, layers, heads
 
 @dataclass
 class TokenizerConfig:
-    image_size: int = 256         # pixels, square
-    patch_size: int = 16          # pixels a token
-    channels: int = 128           # C, of a latent token
-    encoder: str = "base"         # a row of SIZES
-    decoder: str = "base"         # the pixel decoder
-    semantic: str = "tiny"        # the semantic decoder: a row of SIZES, "mlp", or "none"
-    teacher_dim: tuple = 1024     # D, or a tuple of them: one semantic decoder for each teacher
+    image_size: int = 256             # pixels, square
+    patch_size: int = 16              # pixels a token
+    channels: int = 128               # C, of a latent token
+    encoder: str = "base"             # a row of SIZES
+    decoder: str = "base"             # the pixel decoder: a row of SIZES
+    semantic: str = "tiny"            # the semantic decoder: a row of SIZES, "mlp", or "none"
+    teacher_dim: int | tuple = 1024   # D; several teachers: a tuple, with a semantic decoder for each
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise ValueError(f"size {self.image_size} is not divisible by the patch size {self.patch_size}")
-        for part, extra in (("encoder", ()), ("decoder", ()), ("semantic", ("mlp", "none"))):
-            if (size := getattr(self, part)) not in (*SIZES, *extra):
-                raise ValueError(f"unknown {part} size {size!r}: choose from {', '.join((*SIZES, *extra))}")
-        dims = self.teacher_dim
-        self.teacher_dim = tuple(dims) if isinstance(dims, (list, tuple)) else (dims,)
+            raise ValueError(f"image size {self.image_size} is not divisible by patch size {self.patch_size}")
+        choices = {"encoder": [*SIZES], "decoder": [*SIZES], "semantic": [*SIZES, "mlp", "none"]}
+        for part, allowed in choices.items():
+            size = getattr(self, part)
+            if size not in allowed:
+                raise ValueError(f"unknown {part} size {size!r}: choose from {', '.join(allowed)}")
+        if isinstance(self.teacher_dim, int):
+            self.teacher_dim = (self.teacher_dim,)
+        self.teacher_dim = tuple(self.teacher_dim)
 
     @property
     def grid(self):
+        """Tokens a side: N = grid^2."""
         return self.image_size // self.patch_size
 
 
-class Trunk(nn.Module):
-    """Position embedding, RMSNorm, blocks with 2-D RoPE, RMSNorm: the body of encoder and both decoders."""
+class RecTok(nn.Module):
+    """An encoder, a pixel decoder, and a semantic decoder for each teacher.
 
-    def __init__(self, size, grid):
-        super().__init__()
-        width, depth, heads = SIZES[size]
-        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(1, grid ** 2, width))
-        self.ln_pre, self.ln_post = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
-        self.transformer = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        # The list of d/4 frequencies stands twice in a row, so the two channels of a rotated pair turn at
-        # different speeds. Not a rotation, strictly, but what the published weights were trained with.
-        freqs = 2 * math.pi * 7.0 * (7.0 / 7e-4) ** torch.linspace(0, -1, width // heads // 4)
-        rope = axial_rope(torch.linspace(0, 1, grid), freqs.repeat(2))
-        self.register_buffer("rope", rope, persistent=False)
+    `keep` (B, K) holds the indices of the visible patches, in any order; None: all are visible, K = N.
+    """
 
-    def run(self, x, keep=None):
-        """x (B, N, W), or with keep its visible tokens (B, K, W) -> the same shape."""
-        pos, rope = self.positional_embedding, self.rope
-        if keep is not None:
-            pos, rope = pos[0][keep], rope[:, keep]                               # (B, K, W), (2, B, K, d)
-        x = self.ln_pre(x + pos)
-        for block in self.transformer:
-            x = block(x, rope)
-        return self.ln_post(x)
-
-
-def fill_hidden(x, keep, token, N):
-    """Visible x (B, K, W) at places keep (B, K), the learned `token` (1, 1, W) at hidden ones: (B, N, W)."""
-    if keep is None:
-        return x
-    full = token.to(x.dtype).expand(len(x), N, -1)
-    return full.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x)
-
-
-def linear_1x1(x, conv):
-    """A patch-sized or 1x1 convolution of tokens (B, N, in): the same product, without layout changes."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
-
-
-class Encoder(Trunk):
     def __init__(self, config):
-        super().__init__(config.encoder, config.grid)
-        width = SIZES[config.encoder][0]
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = PixelDecoder(config)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        # The semantic decoders keep PyTorch's own initial values, as published.
+        if config.semantic != "none":
+            Decoder = SemanticMLP if config.semantic == "mlp" else SemanticDecoder
+            self.sem_decoders = nn.ModuleList(Decoder(config, D) for D in config.teacher_dim)
+
+    def encode(self, images, keep=None):
+        """images (B, 3, H, W) in [-1, 1] -> mean and log-variance of the posterior, (B, K, C) each."""
+        size = self.config.image_size
+        if images.shape[-2:] != (size, size):
+            raise ValueError(f"images of {tuple(images.shape[-2:])} given to a tokenizer of {size} x {size}")
+        mean, logvar = self.encoder(images, keep).chunk(2, dim=-1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z, keep=None):
+        """z (B, K, C), clean or z_t -> images (B, 3, H, W), in [-1, 1] but for overshoot."""
+        return self.decoder(z, keep)
+
+    def predict_all(self, z, keep=None):
+        """z (B, K, C), clean or z_t -> [features (B, N, D) of a teacher, ...], for ALL N patches."""
+        if self.config.semantic == "none":
+            return []
+        return [decoder(z, keep) for decoder in self.sem_decoders]
+
+    def predict(self, z, keep=None):
+        """As predict_all; with one teacher, its features themselves."""
+        features = self.predict_all(z, keep)
+        if not features:
+            raise ValueError("this tokenizer has no semantic decoder (none trained, or dropped by stage 1b)")
+        return features[0] if len(features) == 1 else features
+
+
+class Encoder(nn.Module):
+    """Patches -> mean and log-variance of each token, (B, K, 2C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, depth, heads = SIZES[config.encoder]
+        self.patch_size = config.patch_size
         self.patch_embed = nn.Sequential(nn.Conv2d(3, width, config.patch_size, config.patch_size))
-        self.latent_head = nn.Linear(width, 2 * config.channels)                  # mean and log-variance
+        self.positional_embedding = learned_positions(config.grid, width)
+        self.ln_pre = nn.RMSNorm(width, eps=1e-6)
+        self.transformer = Transformer(width, depth, heads, config.grid)
+        self.ln_post = nn.RMSNorm(width, eps=1e-6)
+        self.latent_head = nn.Linear(width, 2 * config.channels)
 
     def forward(self, images, keep=None):
-        patches = F.pixel_unshuffle(images, self.patch_embed[0].stride[0]).flatten(2).transpose(1, 2)
-        if keep is not None:
-            patches = gather_tokens(patches, keep)  # (B, K, 3 p p): hidden pixels go no further
-        return self.latent_head(self.run(linear_1x1(patches, self.patch_embed[0]), keep))
+        patches = F.pixel_unshuffle(images, self.patch_size)        # (B, 3 p p, grid, grid)
+        patches = patches.flatten(2).transpose(1, 2)                # (B, N, 3 p p)
+        patches = take_tokens(patches, keep)                        # RAD: hidden pixels go no further
+        x = linear_by_conv(patches, self.patch_embed[0])
+        x = self.ln_pre(x + take_tokens(self.positional_embedding, keep))
+        x = self.ln_post(self.transformer(x, keep))
+        return self.latent_head(x)
 
 
-class PixelDecoder(Trunk):
+class PixelDecoder(nn.Module):
+    """Latents -> images."""
+
     def __init__(self, config):
-        super().__init__(config.decoder, config.grid)
-        width, self.patch = SIZES[config.decoder][0], config.patch_size
+        super().__init__()
+        width, depth, heads = SIZES[config.decoder]
+        self.grid = config.grid
+        self.patch_size = config.patch_size
         self.mask_token = nn.Parameter(width ** -0.5 * torch.randn(1, 1, width))
         self.decoder_embed = nn.Linear(config.channels, width)
-        self.ffn = nn.Sequential(nn.Identity(), nn.Conv2d(width, 3 * self.patch ** 2, 1))  # published: ffn.1
+        self.positional_embedding = learned_positions(config.grid, width)
+        self.ln_pre = nn.RMSNorm(width, eps=1e-6)
+        self.transformer = Transformer(width, depth, heads, config.grid)
+        self.ln_post = nn.RMSNorm(width, eps=1e-6)
+        to_pixels = nn.Conv2d(width, 3 * config.patch_size ** 2, 1)
+        self.ffn = nn.Sequential(nn.Identity(), to_pixels)          # published as ffn.1
         self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
 
     def forward(self, z, keep=None):
-        N, p = self.positional_embedding.shape[1], self.patch
-        x = self.run(fill_hidden(self.decoder_embed(z), keep, self.mask_token, N))
-        x = linear_1x1(x, self.ffn[1]).view(len(z), math.isqrt(N), -1, p, p, 3)      # (B, g, g, p1, p2, c)
-        return self.conv_out(x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3))  # (B, 3, H, W)
+        x = fill_hidden(self.decoder_embed(z), keep, self.mask_token, self.grid ** 2)
+        x = self.ln_pre(x + self.positional_embedding)
+        x = self.ln_post(self.transformer(x))
+        x = linear_by_conv(x, self.ffn[1])                          # (B, N, p p 3)
+        p = self.patch_size
+        x = x.view(len(x), self.grid, self.grid, p, p, 3)           # (B, rows, columns, p, p, 3)
+        x = x.permute(0, 5, 1, 3, 2, 4)                             # (B, 3, rows, p, columns, p)
+        return self.conv_out(x.flatten(4, 5).flatten(2, 3))
 
 
-class SemanticDecoder(Trunk):
+class SemanticDecoder(nn.Module):
+    """Latents -> features of a teacher. Light, so that the semantics must already be in the latents."""
+
     def __init__(self, config, teacher_dim):
-        super().__init__(config.semantic, config.grid)
-        width = SIZES[config.semantic][0]
+        super().__init__()
+        width, depth, heads = SIZES[config.semantic]
+        self.N = config.grid ** 2
         self.mask_embedding = nn.Parameter(torch.zeros(1, 1, width))
-        self.token_embedding, self.out = nn.Linear(config.channels, width), nn.Linear(width, teacher_dim)
+        self.token_embedding = nn.Linear(config.channels, width)
+        self.positional_embedding = learned_positions(config.grid, width)
+        self.ln_pre = nn.RMSNorm(width, eps=1e-6)
+        self.transformer = Transformer(width, depth, heads, config.grid)
+        self.ln_post = nn.RMSNorm(width, eps=1e-6)
+        self.out = nn.Linear(width, teacher_dim)
 
     def forward(self, z, keep=None):
-        N = self.positional_embedding.shape[1]
-        return self.out(self.run(fill_hidden(self.token_embedding(z), keep, self.mask_embedding, N)))
+        x = fill_hidden(self.token_embedding(z), keep, self.mask_embedding, self.N)
+        x = self.ln_pre(x + self.positional_embedding)
+        x = self.ln_post(self.transformer(x))
+        return self.out(x)
 
 
 class SemanticMLP(nn.Module):
+    """The same without attention. The learned latent of hidden patches is ours: theirs cannot be masked."""
+
     def __init__(self, config, teacher_dim):
         super().__init__()
-        C, self.N = config.channels, config.grid ** 2
-        self.mask_embedding = nn.Parameter(torch.zeros(1, 1, C))  # ours: theirs cannot be masked
+        C = config.channels
+        self.N = config.grid ** 2
+        self.mask_embedding = nn.Parameter(torch.zeros(1, 1, C))
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, teacher_dim))
 
     def forward(self, z, keep=None):
         return self.mlp(fill_hidden(z, keep, self.mask_embedding, self.N))
 
 
-class RecTok(nn.Module):
-    """Encoder, pixel decoder, one semantic decoder a teacher. keep: visible patch indices (B, K), or None."""
+# ---------------------------------------------------------------- what it is built of (partly also the DiT)
 
-    def __init__(self, config):
+def learned_positions(grid, width):
+    return nn.Parameter(width ** -0.5 * torch.randn(1, grid ** 2, width))
+
+
+def take_tokens(x, index):
+    """x (B, N, W), or (1, N, W) for all images alike, and index (B, K) -> (B, K, W); index None: x itself."""
+    if index is None:
+        return x
+    W = x.shape[-1]
+    return x.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, W))
+
+
+def fill_hidden(x, keep, token, N):
+    """Visible x (B, K, W) at their places keep (B, K), the learned `token` (1, 1, W) elsewhere: (B, N, W)."""
+    if keep is None:
+        return x
+    B, K, W = x.shape
+    full = token.to(x.dtype).expand(B, N, W)
+    return full.scatter(1, keep[..., None].expand(B, K, W), x)
+
+
+def linear_by_conv(x, conv):
+    """Tokens (B, N, in) through a convolution that covers a token each: the same product as a linear map.
+
+    The published weights have a convolution's shape; a linear map can leave out the hidden tokens.
+    """
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+class Transformer(nn.ModuleList):
+    """Blocks with 2-D RoPE. A list, so that its tensors are named transformer.0.norm1.weight as published."""
+
+    def __init__(self, width, depth, heads, grid):
+        super().__init__(Block(width, heads) for _ in range(depth))
+        # The d/4 frequencies stand twice in a row, so the two channels of a pair turn at different speeds.
+        # Not a rotation, strictly, but what the published weights were trained with.
+        freqs = 2 * math.pi * 7.0 * (7.0 / 7e-4) ** torch.linspace(0, -1, width // heads // 4)
+        rope = axial_rope(torch.linspace(0, 1, grid), freqs.repeat(2))
+        self.register_buffer("rope", rope, persistent=False)
+        self.compiled = False                                       # set by compile_blocks
+
+    def forward(self, x, keep=None):
+        """x (B, K, W), the tokens at places keep (B, K) or all N -> the same shape."""
+        rope = self.rope                                            # (2, N, d)
+        if keep is not None:
+            rope = self.rope[:, keep]                               # (2, B, K, d)
+            if self.compiled:                                       # one graph for any K, from the start
+                torch._dynamo.maybe_mark_dynamic(x, 1)
+                torch._dynamo.maybe_mark_dynamic(rope, 2)
+        for block in self:
+            x = block(x, rope)
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
         super().__init__()
-        self.config = config
-        self.encoder, self.decoder = Encoder(config), PixelDecoder(config)
-        for module in self.modules():  # the semantic decoders keep PyTorch's defaults, as published
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        if config.semantic != "none":
-            kind = SemanticMLP if config.semantic == "mlp" else SemanticDecoder
-            self.sem_decoders = nn.ModuleList(kind(config, dim) for dim in config.teacher_dim)
+        self.norm1 = nn.RMSNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.RMSNorm(width, eps=1e-6)
+        self.mlp = SwiGLU(width)
 
-    def encode(self, images, keep=None):
-        """images (B, 3, H, W) in [-1, 1] -> posterior mean, logvar (B, K, C); hidden patches are not seen."""
-        size = self.config.image_size
-        if images.shape[-2:] != (size, size):
-            raise ValueError(f"images of {tuple(images.shape[-2:])} given to a tokenizer of {size} x {size}")
-        mean, logvar = self.encoder(images, keep).chunk(2, -1)
-        return mean, logvar.clamp(-30, 20)
-
-    def decode(self, z, keep=None):
-        """z (B, K, C) -> images (B, 3, H, W), in [-1, 1] but for overshoot."""
-        return self.decoder(z, keep)
-
-    def predict(self, z, keep=None):
-        """z (B, K, C), clean or z_t -> features of ALL N patches (B, N, D); a list for several teachers."""
-        if self.config.semantic == "none":
-            raise ValueError("this tokenizer has no semantic decoder (trained without one or after stage 1b)")
-        predicted = [decoder(z, keep) for decoder in self.sem_decoders]
-        return predicted if len(predicted) > 1 else predicted[0]
+    def forward(self, x, rope):
+        x = x + self.attn(self.norm1(x), rope)
+        return x + self.mlp(self.norm2(x))
 
 
-def _infer_config(state):
-    """The config of an authors' file, from its shapes."""
-    sizes = {width: name for name, (width, *_) in SIZES.items()}
+class Attention(nn.Module):
+    def __init__(self, width, heads, qk_norm=False):
+        super().__init__()
+        if width % heads or width // heads % 4:
+            raise ValueError(f"width {width} over {heads} heads: the head width must be a multiple of 4")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
+            self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+
+    def forward(self, x, rope=None):
+        """x (B, N, W), rope (2, N, d) or (2, B, N, d) -> (B, N, W)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))        # (B, N, 3, heads, d)
+        qk, v = qkv.split((2, 1), dim=2)
+        if self.qk_norm:
+            qk = torch.stack((self.q_norm(qk[:, :, 0]), self.k_norm(qk[:, :, 1])), dim=2)
+        if rope is not None:
+            qk = rotate(qk, rope)                                   # q and k in one go
+        q = qk[:, :, 0].transpose(1, 2)                             # (B, heads, N, d)
+        k = qk[:, :, 1].transpose(1, 2)
+        v = v[:, :, 0].transpose(1, 2)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        hidden = int(2 / 3 * 4 * width)
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+def axial_rope(coords, freqs):
+    """coords (grid,), freqs (d/2,) -> cos and sin, (2, N, d).
+
+    The row turns the first d/2 channels, the column the rest. `rotate` turns adjacent channels (a, b) into
+    (a cos - b sin, b cos + a sin); the minus is kept in the sine.
+    """
+    grid = len(coords)
+    angle = coords[:, None] * freqs                                 # (grid, d/2)
+    rows = angle[:, None].expand(grid, grid, -1)
+    columns = angle[None].expand(grid, grid, -1)
+    angle = torch.cat([rows, columns], dim=-1).flatten(0, 1)        # (N, d)
+    sign = torch.tensor([-1.0, 1.0], device=angle.device).repeat(angle.shape[1] // 2)
+    return torch.stack([angle.cos(), sign * angle.sin()])
+
+
+def rotate(x, rope):
+    """x cos + (x, adjacent channels swapped) sin, in float32. x (B, N, 2, heads, d), rope of axial_rope."""
+    cos, sin = rope[..., None, None, :]                             # ([B,] N, 1, 1, d)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+
+
+# ---------------------------------------------------------------- the teacher: a vision foundation model
+
+class Teacher(nn.Module):
+    """Images in [-1, 1] (B, 3, H, H) -> VFM features (B, N, D): frozen, always in eval mode.
+
+    stride: image pixels a token. DINOv2 (patch 14) sees the image at 14/16 of its size, so its grid is ours.
+    """
+
+    def __init__(self, net, stride=16, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+        super().__init__()
+        self.net = net.requires_grad_(False).eval()
+        self.stride = stride
+        self.width = net.norm.normalized_shape[0]
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def train(self, mode=True):
+        return self                                                 # stays as it is: frozen
+
+    @torch.no_grad()
+    def features(self, images):
+        """-> class token (B, D), patch tokens (B, N, D), after the final norm."""
+        height, width = images.shape[-2:]
+        if height != width or height % self.stride:
+            raise ValueError(f"a teacher of {self.stride} pixels a token has no grid for {height} x {width}")
+        grid = height // self.stride
+        x = (images * 0.5 + 0.5 - self.mean) / self.std
+        if self.net.patch != self.stride:
+            x = F.interpolate(x, size=grid * self.net.patch, mode="bilinear", align_corners=False)
+        return self.net(x)
+
+    def forward(self, images):
+        return self.features(images)[1]
+
+
+class DINO(nn.Module):
+    """One ViT for DINOv2 (version 2), DINOv3 (3) and timm's SigLIP ("siglip").
+
+    They differ in positions (2: a table with the class token's; "siglip": a table; 3: RoPE), class token and
+    layer scale. Facts from facebookresearch/dinov2, facebookresearch/dinov3, transformers and timm.
+    """
+
+    def __init__(self, version, width, depth, heads, patch, image_size, registers=0):
+        super().__init__()
+        eps = 1e-5 if version == 3 else 1e-6
+        self.version = version
+        self.patch = patch
+        self.heads = heads
+        self.grid = image_size // patch                             # that of the table of positions
+        self.patch_embed = nn.Conv2d(3, width, patch, patch)
+        if version != "siglip":
+            self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.registers = nn.Parameter(0.02 * torch.randn(1, registers, width)) if registers else None
+        if version == 2:
+            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + self.grid ** 2, width))
+        if version == "siglip":
+            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.grid ** 2, width))
+        self.blocks = nn.ModuleList(DINOBlock(width, heads, eps, version != "siglip")
+                                    for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps)
+
+    def forward(self, x):
+        """x (B, 3, H, H) normalised -> class token (B, D) (SigLIP: the mean), patches (B, N, D), normed."""
+        x = self.patch_embed(x)
+        B, grid = len(x), x.shape[-1]
+        x = x.flatten(2).transpose(1, 2)                            # (B, N, W)
+        prefix = []                                                 # tokens that are no patches
+        if self.version != "siglip":
+            prefix.append(self.cls_token)
+        if self.version != 3:
+            x = x + self.patch_positions(grid)
+        if self.version == 2:
+            prefix[0] = prefix[0] + self.pos_embed[:, :1]
+        if self.registers is not None:
+            prefix.append(self.registers)
+        x = torch.cat([*(token.expand(B, -1, -1) for token in prefix), x], dim=1)
+        first = x.shape[1] - grid ** 2                              # the first patch
+        rope = self.rope(grid, first) if self.version == 3 else None
+        for block in self.blocks:
+            x = block(x, rope)
+        x = self.norm(x)
+        cls = x.mean(1) if self.version == "siglip" else x[:, 0]
+        return cls, x[:, first:]
+
+    def patch_positions(self, grid):
+        """The table of positions for grid x grid patches, (1, N, W)."""
+        table = self.pos_embed[:, 1:] if self.version == 2 else self.pos_embed
+        if grid == self.grid:
+            return table
+        if self.version == "siglip":
+            raise ValueError(f"SigLIP was trained at {self.grid * self.patch} px, not {grid * self.patch}")
+        table = table.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2).float()
+        if self.registers is None:
+            # The first models: a scale with an offset of 0.1, as they were trained.
+            table = F.interpolate(table, scale_factor=(grid + 0.1) / self.grid, mode="bicubic")
+        else:
+            table = F.interpolate(table, size=(grid, grid), mode="bicubic", antialias=True)
+        return table.flatten(2).transpose(1, 2)
+
+    def rope(self, grid, first):
+        """DINOv3: patch centres in [-1, 1], periods 100^(4i/d). The `first` tokens do not turn.
+
+        -> cos and sin, (2, first + N, d).
+        """
+        device = self.patch_embed.weight.device
+        d = self.patch_embed.out_channels // self.heads
+        periods = 100 ** (torch.arange(d // 4, device=device) * 4 / d)
+        centres = (torch.arange(grid, device=device) + 0.5) / grid * 2 - 1
+        rope = axial_rope(centres, (2 * math.pi / periods).repeat_interleave(2))
+        still = torch.tensor([1.0, 0.0], device=device).view(2, 1, 1).expand(2, first, d)
+        return torch.cat([still, rope], dim=1)
+
+    def load_published(self, state, path="the teacher's file"):
+        """Takes the published names; for DINOv3 also those of transformers and of timm. Returns itself."""
+        state = published_names(state)
+        for name in [n for n in state if self.version == 3 and n.endswith("attn.qkv.weight")]:
+            bias = name.replace("weight", "bias")
+            state.setdefault(bias, torch.zeros(len(state[name])))   # timm's files have none
+            state[bias] = state[bias].clone()
+            state[bias].chunk(3)[1].zero_()                         # DINOv3 masks the bias of the keys
+            # Its RoPE pairs channel i with i + d/2, ours pairs neighbours: reorder q and k once, here.
+            for n in (name, bias):
+                width = len(state[n]) // 3
+                qk, v = state[n].split((2 * width, width))
+                qk = qk.unflatten(0, (2 * self.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+                state[n] = torch.cat([qk, v])
+        return load_named(self, state, path)
+
+
+class DINOBlock(nn.Module):
+    def __init__(self, width, heads, eps, scaled=True):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width, heads)
+        self.ls1 = LayerScale(width) if scaled else nn.Identity()   # SigLIP has none
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = MLP(width)
+        self.ls2 = LayerScale(width) if scaled else nn.Identity()
+
+    def forward(self, x, rope):
+        x = x + self.ls1(self.attn(self.norm1(x), rope))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.gamma * x
+
+
+class MLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+RENAMED = [  # in a teacher's file -> here
+    (r"^(model\.)?layer\.", "blocks."),                             # transformers
+    (r"^embeddings\.(patch_embeddings\.)?", lambda m: "patch_embed." if m[1] else ""),
+    (r"attention\.o_proj", "attn.proj"),
+    (r"mlp\.up_proj", "mlp.fc1"),
+    (r"mlp\.down_proj", "mlp.fc2"),
+    (r"layer_scale(\d)\.lambda1$", r"ls\1.gamma"),
+    (r"\.gamma_(\d)$", r".ls\1.gamma"),                             # timm
+    (r"^(storage_tokens|register_tokens|reg_token)$", "registers"),
+    (r"^patch_embed\.proj\.", "patch_embed."),
+]
+UNUSED = r"mask_token|rope_embed\.|.*bias_mask|attn_pool\."         # not needed for clean features
+
+
+def published_names(state):
+    """A teacher's state dict under its publisher's names -> under ours; q, k and v in one tensor."""
+    out = {}
+    for name, w in state.items():
+        for old, new in RENAMED:
+            name = re.sub(old, new, name)
+        if not re.match(UNUSED, name):
+            out[name] = w
+    for name in [n for n in out if n.endswith("attention.q_proj.weight")]:
+        block = name.removesuffix("attention.q_proj.weight")
+        for kind in ("weight", "bias"):
+            q = out.pop(f"{block}attention.q_proj.{kind}")
+            v = out.pop(f"{block}attention.v_proj.{kind}")
+            k = out.pop(f"{block}attention.k_proj.{kind}", torch.zeros_like(q))     # keys have no bias
+            out[f"{block}attn.qkv.{kind}"] = torch.cat([q, k, v])
+    return out
+
+
+TEACHERS = {  # name: (version, width, depth, heads, patch, image size, registers) of DINO, and its files
+    "dinov3_vits16": ((3, 384, 12, 6, 16, 256, 4), [
+        "dinov3_vits16_pretrain_lvd1689m-08c60483.pth",             # published
+        "dinov3_vits16.safetensors",                                # transformers'
+        "vit_small_patch16_dinov3.lvd1689m.safetensors"]),          # timm's
+    "dinov3_vitb16": ((3, 768, 12, 12, 16, 256, 4), [
+        "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth",
+        "dinov3_vitb16.safetensors",
+        "vit_base_patch16_dinov3.lvd1689m.safetensors"]),
+    "dinov3_vitl16": ((3, 1024, 24, 16, 16, 256, 4), [
+        "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth",
+        "dinov3_vitl16.safetensors",
+        "vit_large_patch16_dinov3.lvd1689m.safetensors"]),
+    "dinov2_vits14": ((2, 384, 12, 6, 14, 518, 0), ["dinov2_vits14_pretrain.pth"]),
+    "dinov2_vitb14": ((2, 768, 12, 12, 14, 518, 0), ["dinov2_vitb14_pretrain.pth"]),
+    "dinov2_vitl14": ((2, 1024, 24, 16, 14, 518, 0), ["dinov2_vitl14_pretrain.pth"]),
+    "dinov2_vits14_reg": ((2, 384, 12, 6, 14, 518, 4), ["dinov2_vits14_reg4_pretrain.pth"]),
+    "dinov2_vitb14_reg": ((2, 768, 12, 12, 14, 518, 4), ["dinov2_vitb14_reg4_pretrain.pth"]),
+    "dinov2_vitl14_reg": ((2, 1024, 24, 16, 14, 518, 4), ["dinov2_vitl14_reg4_pretrain.pth"]),
+    "siglip_vitl16_256": (("siglip", 1024, 24, 16, 16, 256, 0), [
+        "vit_large_patch16_siglip_256.webli.safetensors"]),
+}
+
+
+def load_teacher(name, weights="weights"):
+    """A Teacher: a row of TEACHERS, one of its published files by path, or a teacher.pt of --tiny.
+
+    weights: the folder of published files, or "random" (timing and tests). Where several files of a teacher
+    would do, the first that is there is taken; the last one downloads by itself.
+    """
+    path = None
+    if name not in TEACHERS:
+        if not os.path.isfile(name):
+            raise ValueError(f"unknown teacher {name!r}: give a file of one, or one of {', '.join(TEACHERS)}")
+        path = name
+        named = [n for n, (_, files) in TEACHERS.items() if os.path.basename(path) in files]
+        if not named:
+            file = read_weights(path)
+            with naming(path,
+                        "a teacher (neither a teacher.pt of --tiny nor a published file by its own name)"):
+                net = load_named(DINO(**file["config"]), file["model"], path)
+            return Teacher(net, net.patch, (0.5,) * 3, (0.5,) * 3)
+        name = named[0]
+    shape, files = TEACHERS[name]
+    net = DINO(*shape)
+    if path is None and weights != "random":
+        present = [f for f in files if os.path.isfile(os.path.join(weights, f))]
+        path = weight_file(present[0] if present else files[-1], weights)
+    if path is not None:
+        with naming(path, name):
+            net.load_published(read_weights(path), path)
+    if name.startswith("siglip"):
+        return Teacher(net, 16, (0.5,) * 3, (0.5,) * 3)
+    return Teacher(net)
+
+
+# ---------------------------------------------------------------- loading tokenizers
+
+def read_tokenizer(path, ema=True):
+    """A checkpoint of ours or a RecTok*.pth of the authors -> its tensors under our names, and its config."""
+    file, state = read_checkpoint(path, ema)
+    with naming(path, "a RecTok tokenizer"):
+        # Theirs also hold RoPE tables, DiT-style position tables and the teacher; `aux*` is an older name.
+        computed = r"freqs_(cos|sin)$|(^|\.)pos_embed$|^(sem|aux)\w*foundation_models\."
+        state = {re.sub(r"^aux\w*decoders\.", "sem_decoders.", n): w
+                 for n, w in state.items() if not re.search(computed, n)}
+        # Their semantic decoders go by the teacher's name ("dinov3"), ours by place (0, 1, ...).
+        teachers = dict.fromkeys(n.split(".")[1] for n in state if n.startswith("sem_decoders."))
+        for place, teacher in enumerate(teachers):
+            old, new = f"sem_decoders.{teacher}.", f"sem_decoders.{place}."
+            state = {n.replace(old, new): w for n, w in state.items()}
+        config = own_config(file, TokenizerConfig) or config_from_shapes(state)
+        if not teachers:
+            config = replace(config, semantic="none")               # stage 1b leaves none in its files
+    return state, config
+
+
+def config_from_shapes(state):
+    """The config of a file that has none, from the shapes of its tensors."""
+    size_of = {width: name for name, (width, *_) in SIZES.items()}
     width, _, patch, _ = state["encoder.patch_embed.0.weight"].shape
-    outs = [state[n] for n in state if re.fullmatch(r"sem_decoders\.\d+\.(out|mlp\.2)\.weight", n)]
-    mlp = any(".mlp.0." in n for n in state)
+    grid = math.isqrt(state["encoder.positional_embedding"].shape[1])
+    outs = [w for n, w in state.items() if re.fullmatch(r"sem_decoders\.\d+\.(out|mlp\.2)\.weight", n)]
+    semantic = "none"
+    if outs:
+        semantic = "mlp" if "sem_decoders.0.mlp.0.weight" in state else size_of[outs[0].shape[1]]
     return TokenizerConfig(
-        image_size=math.isqrt(state["encoder.positional_embedding"].shape[1]) * patch, patch_size=patch,
-        channels=state["encoder.latent_head.weight"].shape[0] // 2, encoder=sizes[width],
-        decoder=sizes[state["decoder.mask_token"].shape[-1]],
-        semantic="none" if not outs else "mlp" if mlp else sizes[outs[0].shape[1]],
+        image_size=grid * patch,
+        patch_size=patch,
+        channels=state["encoder.latent_head.weight"].shape[0] // 2,
+        encoder=size_of[width],
+        decoder=size_of[state["decoder.mask_token"].shape[-1]],
+        semantic=semantic,
         teacher_dim=tuple(w.shape[0] for w in outs) or 1024)
 
 
-def load_tokenizer(path, config=None, ema=True):
-    """RecTok in eval mode from our checkpoints or the authors' RecTok*.pth (EMA weights; raw with ema=False).
+def load_tokenizer(path, config=None, ema=True, init=False):
+    """RecTok in eval mode, from our checkpoints or the authors' RecTok*.pth: EMA weights, or raw (ema=False).
 
-    config: the shape to build (default: the file's). Another image size interpolates the position embeddings
-    (bicubic); semantic="none" drops the semantic decoders. Other missing or surplus tensors raise ValueError.
+    config: the shape to build (default: the file's own). Another image size interpolates the position
+    embeddings; semantic="none" drops the semantic decoders. With `init`, semantic decoders that do not fit
+    are left fresh. Anything else that is missing, surplus or of another shape raises ValueError.
     """
-    file = read_weights(path)
-    state = file.get("model_ema" if ema else "model", file.get("model", file))
-    # Also in the authors' files: RoPE tables, DiT-style position tables, the teacher; `aux*`, an older name.
-    state = {re.sub(r"^aux\w*decoders\.", "sem_decoders.", n): w for n, w in state.items()
-             if not re.search(r"freqs_(cos|sin)$|(^|\.)pos_embed$|^(sem|aux)\w*foundation_models\.", n)}
-    teachers = list(dict.fromkeys(n.split(".")[1] for n in state if n.startswith("sem_decoders.")))
-    for k, name in enumerate(teachers):                  # published by name ("dinov3"), here by place
-        state = {n.replace(f"sem_decoders.{name}.", f"sem_decoders.{k}."): w for n, w in state.items()}
-    if absent := [n for n in ("encoder.patch_embed.0.weight", "encoder.positional_embedding",
-                              "encoder.latent_head.weight", "decoder.mask_token") if n not in state]:
-        raise ValueError(f"{path} holds no RecTok tokenizer: no {', '.join(absent)}")
-    own = TokenizerConfig(**file["config"]) if isinstance(file.get("config"), dict) else _infer_config(state)
-    config = replace(config) if config else own
-    if not teachers:
-        config = replace(config, semantic="none")        # stage 1b leaves no semantic decoder in its files
-    if config.semantic == "none":
+    state, own = read_tokenizer(path, ema)
+    config = replace(config or own)
+    if not init and own.semantic == "none":
+        config.semantic = "none"
+    model = RecTok(config)
+    fits = (own.semantic, own.teacher_dim) == (config.semantic, config.teacher_dim)
+    if config.semantic == "none" or (init and not fits):
         state = {n: w for n, w in state.items() if not n.startswith("sem_decoders.")}
-    for n in [n for n in state if n.endswith("positional_embedding") and own.grid != config.grid]:
-        table = state[n].unflatten(1, (own.grid, own.grid)).permute(0, 3, 1, 2)
-        state[n] = F.interpolate(table, size=(config.grid,) * 2, mode="bicubic").flatten(2).transpose(1, 2)
-    return load_named(RecTok(config), state, path).eval()
+        state |= {n: w for n, w in model.state_dict().items() if n.startswith("sem_decoders.")}
+        if config.semantic != "none":
+            warnings.warn(f"{path}: fresh semantic decoders ({config.semantic}, for teachers of width "
+                          f"{config.teacher_dim}); the file's are {own.semantic}, {own.teacher_dim}")
+    if own.grid != config.grid:
+        for name in [n for n in state if n.endswith("positional_embedding")]:
+            table = state[name].unflatten(1, (own.grid, own.grid)).permute(0, 3, 1, 2)
+            table = F.interpolate(table, size=(config.grid, config.grid), mode="bicubic")
+            state[name] = table.flatten(2).transpose(1, 2)
+    return load_named(model, state, path).eval()
 
 
 def fingerprint(tokenizer):
@@ -726,3 +711,542 @@ def fingerprint(tokenizer):
     for name, w in sorted(tokenizer.encoder.state_dict().items()):
         digest.update(name.encode() + w.cpu().float().numpy().tobytes())
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- files
+
+DOWNLOADS = {  # published file -> its address; torch.hub checks the hash that stands in a name
+    "vgg16-397923af.pth": "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "vgg.pth": "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+    "convnext_small-0c510722.pth": "https://download.pytorch.org/models/convnext_small-0c510722.pth",
+    "pt_inception-2015-12-05-6726825d.pth":
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+        "pt_inception-2015-12-05-6726825d.pth",
+}
+
+
+def download_address(name):
+    """The address of a published file, or None."""
+    if name.startswith("dinov2_"):
+        return f"https://dl.fbaipublicfiles.com/dinov2/{name[:len('dinov2_vitl14')]}/{name}"
+    if name.startswith("vit_"):
+        model = name.removesuffix(".safetensors")
+        return f"https://huggingface.co/timm/{model}/resolve/main/model.safetensors"
+    return DOWNLOADS.get(name)
+
+
+def weight_file(name, weights="weights"):
+    """Path of a published file: `weights` itself if it is a file, else weights/name, downloaded if absent.
+
+    All processes call it: the first one of each machine downloads, the others wait.
+    """
+    if os.path.isfile(weights):
+        return weights
+    path = os.path.join(weights, name)
+    url = download_address(name)
+    if not os.path.exists(path) and os.environ.get("LOCAL_RANK", "0") == "0":
+        if "dinov3" in name:
+            print(f"downloading {name}, under the DINOv3 licence: "
+                  "ai.meta.com/resources/models-and-libraries/dinov3-license", flush=True)
+        hashes = re.findall(r"-([0-9a-f]{8})\.", name)
+        try:
+            os.makedirs(weights, exist_ok=True)
+            torch.hub.download_url_to_file(url, path, hash_prefix=hashes[-1] if hashes else None)
+        except Exception as error:
+            reason = f"could not download {url} ({one_line(error)})"
+            raise OSError(f"{reason}; put it at {path} yourself") from error
+    if dist.is_initialized():
+        dist.barrier()
+    return path
+
+
+def one_line(error):
+    """The first line of an error's text: torch adds advice to the rest, and some of it is unsafe."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+@contextlib.contextmanager
+def naming(path, what):
+    """Whatever is wrong inside a user's file becomes one line that names the file and what it is not."""
+    try:
+        yield
+    except Exception as error:
+        if str(path) in str(error):
+            raise                                                   # says it already
+        raise ValueError(f"{path} is not {what} ({one_line(error)})") from error
+
+
+def read_weights(path):
+    """The dict in a .pth, .pt or .safetensors file, tensors on the CPU; never runs code from it."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no file of weights at {path!r}")
+    with open(path, "rb") as f:
+        head = f.read(64).lstrip()
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+    if head.startswith(b"<"):
+        raise ValueError(f"{path} is a web page (a login or an error, perhaps), not a file of weights")
+    with naming(path,
+                "a file of tensors: corrupt, truncated, of another kind, or refused because it holds code"):
+        if path.endswith(".safetensors"):
+            return read_safetensors(path)
+        file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if not isinstance(file, dict):
+            raise ValueError(f"a {type(file).__name__} instead of a dict")
+        return file
+
+
+SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+                     "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+                     "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "I64": torch.int64,
+                     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+
+
+def read_safetensors(path):
+    """Layout: the header's length in 8 bytes, the header in JSON, the tensors' bytes (little-endian)."""
+    with open(path, "rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        data = torch.frombuffer(bytearray(f.read()), dtype=torch.uint8)
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        raw = data[begin:end].clone()                               # a copy is aligned for any type
+        tensors[name] = raw.view(SAFETENSORS_TYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def read_checkpoint(path, ema=True):
+    """-> the file's dict, and the state dict in it: averaged weights, or raw ones with ema=False.
+
+    Reads our files, the authors', bare state dicts, and the usual layouts of others.
+    """
+    file = read_weights(path)
+    averaged = [file[k] for k in ("model_ema", "ema") if isinstance(file.get(k), dict)]
+    raw = [file[k] for k in ("model", "state_dict") if isinstance(file.get(k), dict)]
+    if ema and raw and not averaged:
+        warnings.warn(f"{path} holds no averaged (EMA) weights: the raw ones are taken")
+    found = averaged + raw if ema else raw + averaged
+    state = found[0] if found else file
+    # Prefixes that DDP and torch.compile leave.
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", n): w for n, w in state.items()
+             if torch.is_tensor(w)}
+    return file, state
+
+
+def own_config(file, kind):
+    """The config of a checkpoint of ours, or None: other programs store something else under that name."""
+    config = file.get("config")
+    if isinstance(config, dict) and config.keys() <= {f.name for f in fields(kind)}:
+        return kind(**config)
+    return None
+
+
+def load_named(module, state, path):
+    """load_state_dict that names what is missing, surplus or of another shape. Returns the module."""
+    own = module.state_dict()
+    other_shape = [f"{n}: file {tuple(state[n].shape)}, model {tuple(own[n].shape)}"
+                   for n in own.keys() & state.keys() if state[n].shape != own[n].shape]
+    for title, names in (("missing", own.keys() - state.keys()), ("surplus", state.keys() - own.keys()),
+                         ("of another shape", other_shape)):
+        if names:
+            shown = ", ".join(sorted(names)[:8])
+            more = ", ..." if len(names) > 8 else ""
+            raise ValueError(f"{path}: {len(names)} tensors {title}: {shown}{more}")
+    module.load_state_dict(state)
+    return module
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A file to write, renamed to `path` at the end: a kill or a full disk leaves the old or the new one."""
+    folder, name = os.path.split(os.path.abspath(path))
+    try:
+        handle, temporary = tempfile.mkstemp(".tmp", name + ".", folder)  # a name that no other run takes
+        try:
+            with open(handle, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.chmod(temporary, 0o644)                              # mkstemp's files are private
+            os.replace(temporary, path)
+        except BaseException:
+            os.remove(temporary)
+            raise
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write as a RuntimeError about positions in the file.
+        cause = (error if isinstance(error, OSError)
+                 else "the disk is full, or a quota or a size limit is reached")
+        raise OSError(f"could not write {path}: {cause}; what was there before still is") from error
+
+
+# ---------------------------------------------------------------- images: uint8 (3, size, size), and a label
+
+def center_crop(image, size):
+    """PIL -> PIL, size x size: ADM's crop (halve by box while twice too large, bicubic, then the centre)."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width = round(image.width * scale)
+    height = round(image.height * scale)
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(f"{image.width} x {image.height} pixels are too long and narrow to scale up")
+    left = (width - size) // 2
+    top = (height - size) // 2
+    # Pillow scales along x, rounds, then along y: cropping in between gives the same pixels sooner.
+    image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    image = image.crop((left, 0, left + size, image.height))
+    image = image.resize((size, height), Image.Resampling.BICUBIC)
+    return image.crop((0, top, size, top + size))
+
+
+def to_rgb(image):
+    """PIL of any mode -> RGB: 16-bit grey is scaled to 8 bits, and what is transparent lies on white."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, of unknown range")
+    if image.mode.startswith("I"):                                  # convert("RGB") would clip at 255
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("more than 16 bits a pixel")
+        image = Image.fromarray(np.round(grey / 257).astype(np.uint8))
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        ground.alpha_composite(image)
+        image = ground
+    return image.convert("RGB")
+
+
+class ImageFolder:
+    """root/class/**/*.jpg, where the label is the rank of the class's name, or a flat folder (label 0).
+
+    A class is a visible folder in root: names that begin with `.`, `__` or `@` are no data (editors, macOS
+    and network drives leave such), nor are files that begin with `.`. Every extension that Pillow reads
+    counts. A folder that links reach twice is walked once. Errors, since labels would move in silence: images
+    beside class folders, a class without images or one that cannot be read, a root that holds train and val.
+
+    [i] or [(epoch, i)] -> uint8 (3, size, size), label; size None keeps the image's own. The coin of `flip`
+    depends on (seed, epoch, i) alone. EXIF orientation is ignored, as in the published pipeline. An
+    unreadable image is replaced by the next readable one, with a warning that names it, and counted in `bad`
+    (shared with loader processes).
+    """
+
+    def __init__(self, root, size, flip=False, seed=0):
+        self.root = root
+        self.size = size
+        self.flip = flip
+        self.seed = seed
+        # One process walks the disks, so all have the same list.
+        paths, self.labels, self.classes = from_rank_0(lambda: list_images(root))
+        self.num_classes = len(self.classes)
+        self.paths = np.array([os.fsencode(p) for p in paths])  # one buffer: forked loaders do not copy it
+        self.bad = torch.zeros(1, dtype=torch.long).share_memory_()
+        self.warned = set()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for place in range(index, index + 100):
+            place = place % len(self)
+            image = self.read(os.fsdecode(self.paths[place]))
+            if image is not None:
+                break
+            if place == index:
+                self.bad += 1
+        else:
+            raise ValueError(f"100 unreadable images in a row in {self.root!r}, from number {index} on")
+        if self.flip and np.random.default_rng((self.seed, epoch, index)).random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a view: collating makes it contiguous
+        return pixels, int(self.labels[place])
+
+    def read(self, path):
+        """The image in RGB, cropped; None where it cannot be read."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # odd palettes are not worth a line each
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = to_rgb(Image.open(path))
+                return center_crop(image, self.size) if self.size else image
+        except Exception as error:  # Pillow raises many kinds on hostile files
+            if path not in self.warned:
+                warnings.warn(f"skipped unreadable image {path!r} ({one_line(error)})")
+            self.warned.add(path)
+            return None
+
+
+def list_images(root):
+    """-> paths, labels, class names of a data folder, by the rule of ImageFolder."""
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"folder {root!r} does not exist: give root/class/*.jpg or a flat folder")
+    readable = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+    def is_image(name):
+        return not name.startswith(".") and os.path.splitext(name)[1].lower() in readable
+
+    def is_data(folder):
+        return not folder.startswith((".", "__", "@"))
+
+    def fail(error):
+        raise ValueError(f"cannot read folder {error.filename!r}: {error.strerror}")
+
+    seen = {os.path.realpath(root)}
+
+    def walk(top):
+        for folder, folders, files in os.walk(top, onerror=fail, followlinks=True):
+            if os.path.realpath(folder) in seen:
+                folders.clear()                                     # links lead in circles
+                continue
+            seen.add(os.path.realpath(folder))
+            folders[:] = filter(is_data, folders)
+            yield from (os.path.join(folder, name) for name in files if is_image(name))
+
+    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    classes = [e.name for e in entries if e.is_dir() and is_data(e.name)]
+    flat = [e.path for e in entries if not e.is_dir() and is_image(e.name)]
+    if flat and classes:
+        image = os.path.basename(flat[0])
+        raise ValueError(f"{root!r} holds images ({image}, ...) beside folders ({classes[0]}, ...): "
+                         "give class folders alone, or images alone")
+    if "train" in classes and set(classes) <= {"train", "val", "test"}:
+        raise ValueError(f"{root!r} holds {', '.join(classes)}: give {os.path.join(root, 'train')!r}")
+    if not classes:
+        if not flat:
+            raise ValueError(f"folder {root!r} holds no image that Pillow reads")
+        return flat, np.zeros(len(flat), int), ["0"]
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(walk(os.path.join(root, name)))
+        if not found:
+            raise ValueError(f"class folder {os.path.join(root, name)!r} holds no image of its own: "
+                             "fill or remove it (later labels depend on it)")
+        paths += found
+        labels += [label] * len(found)
+    return paths, np.array(labels), classes
+
+
+class Shapes:
+    """Plainly coloured shapes, drawn on the fly, anti-aliased; [i] depends on (seed, i) alone."""
+    DISTANCE = {  # signed distance from the outline, radius about 1, negative inside; v points down
+        "circle": lambda u, v: np.hypot(u, v) - 0.95,
+        "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.75) - 0.22,
+        "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.8,
+        "diamond": lambda u, v: (np.abs(u) + np.abs(v) - 1.1) / 2 ** 0.5,
+        "triangle": lambda u, v: np.maximum(v - 0.6, 0.87 * np.abs(u) - 0.5 * v - 0.55),
+        "cross": lambda u, v: np.maximum(np.minimum(np.abs(u), np.abs(v)) - 0.3,
+                                         np.maximum(np.abs(u), np.abs(v)) - 1),
+        "flower": lambda u, v: np.hypot(u, v) - 0.7 - 0.3 * np.cos(5 * np.arctan2(u, -v)),
+        "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 1, 0.7 - np.hypot(u - 0.55, v)),
+    }
+    classes = list(DISTANCE)
+    num_classes = len(DISTANCE)
+
+    def __init__(self, size, length, seed=0):
+        self.size = size
+        self.length = length
+        self.seed = seed
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, key):
+        index = key[1] if isinstance(key, tuple) else key
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        label = index % self.num_classes
+        rng = np.random.default_rng((self.seed, index))
+        radius = rng.uniform(0.7, 0.85)
+        angle = rng.uniform(-0.12, 0.12)
+        center = rng.uniform(-0.1, 0.1, (2, 1))
+        x, y = (np.arange(self.size) + 0.5) / self.size * 2 - 1 - center
+        u = (np.cos(angle) * x[None, :] + np.sin(angle) * y[:, None]) / radius
+        v = (np.cos(angle) * y[:, None] - np.sin(angle) * x[None, :]) / radius
+        distance = self.DISTANCE[self.classes[label]](u, v) * radius * self.size / 2       # pixels
+        cover = np.clip(0.5 - distance, 0, 1)
+        hue = rng.uniform(0, 6) + np.array([0, 4, 2])[:, None, None]
+        shape = 0.15 + 0.6 * np.clip(np.abs(hue % 6 - 3) - 1, 0, 1)                         # (3, 1, 1)
+        ground = rng.uniform(0.75, 0.95)                                                    # light grey
+        pixels = np.round(255 * (ground + cover * (shape - ground)))
+        return torch.from_numpy(pixels.astype(np.uint8)), label
+
+
+def to_float(images):
+    """uint8 (B, 3, H, W) -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Float images in [-1, 1] (overshoot is clamped) -> uint8, rounded, not truncated."""
+    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+
+
+def save_grid(path, images, columns):
+    """uint8 images (n, 3, H, W) -> one picture, `columns` a row; small images are enlarged."""
+    zoom = max(1, 96 // images.shape[-1])
+    images = images.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    empty = -len(images) % columns                                  # white places at the end
+    images = F.pad(images, (1, 1, 1, 1, 0, 0, 0, empty), value=255)
+    images = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, 3)
+    Image.fromarray(images.flatten(2, 3).flatten(0, 1).numpy()).save(path)
+
+
+# ---------------------------------------------------------------- processes, devices, seeds
+
+def start():
+    """-> device, rank, number of processes. torchrun's environment decides; without it, one process."""
+    cuda = torch.cuda.is_available()
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    options = {}
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                  # TF32 where nothing says otherwise
+        torch.backends.cudnn.benchmark = True                       # input sizes hardly change
+        options["device_id"] = device
+    if world > 1 and not dist.is_initialized():
+        # An hour: all others wait while rank 0 writes a checkpoint or scores.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1), **options)
+    rank, world = rank_and_world()
+    return torch.device("cuda" if cuda else "cpu"), rank, world
+
+
+def rank_and_world():
+    """This process's number, and the number of processes."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def from_rank_0(make):
+    """The result of make() on rank 0, on all processes."""
+    rank, world = rank_and_world()
+    result = [make() if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def run_script(main):
+    """Runs a script's main, and ends the process whatever happens: status 1 and the error, or 0.
+
+    A user's mistake is one line; anything else is a traceback.
+    """
+    status = 1
+    try:
+        main()
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves while others still talk
+        status = 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+    end_loaders()
+    if dist.is_initialized() and status == 0:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: destructors of threads in C++ can abort a process whose work is done and saved.
+    os._exit(status)
+
+
+@atexit.register
+def end_loaders():
+    """Loader processes ignore SIGTERM (below), so an exit that waits for them would wait for ever."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+
+
+def ignore_signals(_):
+    """In a loader process: signals go to the whole group, but the trainer still wants to finish its step."""
+    for s in SIGNALS:
+        signal.signal(s, signal.SIG_IGN)
+
+
+def cores():
+    """CPU cores for this process's loaders: what the machine grants, divided among its processes."""
+    if not hasattr(os, "sched_getaffinity"):
+        granted, pinned = os.cpu_count() or 1, False
+    else:
+        granted = len(os.sched_getaffinity(0))
+        pinned = granted < len(os.sched_getaffinity(os.getppid()))  # torchrun gave each process its own cores
+    if not pinned:
+        granted = granted // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, granted)
+
+
+def print_once(text):
+    """On rank 0; at once, also where the output is a file or a pipe."""
+    rank, _ = rank_and_world()
+    if rank == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def progress(*args, **options):
+    """A progress bar on rank 0; where the output is a file, a line now and then."""
+    rank, _ = rank_and_world()
+    interval = 0.5 if sys.stderr.isatty() else 20
+    return tqdm(*args, disable=rank > 0, mininterval=interval, **options)
+
+
+def share(data, batch=64, workers=0, desc="evaluate"):
+    """Batches of this process's share of a data set: images rank, rank + world, and so on, in order."""
+    rank, world = rank_and_world()
+    part = Subset(data, range(rank, len(data), world))
+    return progress(DataLoader(part, batch, num_workers=workers, worker_init_fn=ignore_signals),
+                    desc=desc, leave=False)
+
+
+def seed_of(*ids):
+    """A seed from integers: every random draw of a run comes from (seed, rank or index, step)."""
+    return int(np.random.SeedSequence(ids).generate_state(1, np.uint64)[0] >> 1)
+
+
+def sample_noise(seed, indices, N, C):
+    """Starting noise (len(indices), N, C): sample i depends on (seed, i) alone, not on batch or machine."""
+    rows = []
+    for i in indices:
+        generator = torch.Generator().manual_seed(seed_of(seed, i, 0, 0, 1))  # five: a training step has four
+        rows.append(torch.randn(N, C, generator=generator))
+    return torch.stack(rows)
+
+
+def training_precision(device, float32=False):
+    """The autocast of the networks: bf16 on CUDA. float32 switches it off, and TF32 with it."""
+    if float32:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and not float32)
+
+
+def compile_blocks(device, switched_off, *nets):
+    """torch.compile of every transformer block (on CUDA), or of a net's forward where it has none.
+
+    Blocks, since DDP would cut the graph of a whole network into many. Not before torch 2.9: 2.6 gave other
+    gradients with it under DDP (seen with Inductor on a CPU).
+    """
+    if device.type != "cuda" or switched_off:
+        return
+    if torch.__version__ < (2, 9):
+        warnings.warn(f"torch {torch.__version__}: not compiled, which needs 2.9; slower, and more memory")
+        return
+    torch._dynamo.config.optimize_ddp = False                       # a block is one graph: nothing to cut
+    torch._inductor.config.compile_threads = cores()                # not the machine's for each process
+    for net in nets:
+        blocks = [m for m in net.modules() if type(m).__name__.endswith("Block")]
+        for module in blocks or [net]:
+            module.compile()
+        for module in net.modules():
+            if isinstance(module, Transformer):
+                module.compiled = True

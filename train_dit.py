@@ -1,308 +1,259 @@
 """Stage 2: train a DiT-DH by flow matching on the latents of a RecTok tokenizer.
 
-    python train_dit.py --tiny  # after train_tokenizer.py --tiny; minutes on a laptop
+    python train_dit.py --tiny                      # after train_tokenizer.py --tiny; minutes on a laptop
     torchrun --nproc_per_node=8 train_dit.py --data data/imagenet/train --tokenizer out/tokenizer/last.pt
     torchrun --nproc_per_node=8 train_dit.py ... --size S --stop_at 37535 --out out/dit_s  # guide: 30 epochs
 
-Latents are encoded on the fly, as published: posterior samples of flipped images, normalised by the channel
-statistics of the posterior means. Running the same command again goes on from --out/last.pt. Published
-figures at 80 and 600 epochs are snapshots of one 800-epoch schedule: leave --epochs and use --stop_at.
+Running the same command again goes on from --out/last.pt. The published figures at 80 and 600 epochs are
+snapshots of one 800-epoch schedule: leave --epochs and use --stop_at.
 """
 import argparse
-import functools
-import json
 import math
 import os
-import sys
-import time
 from copy import deepcopy
 from dataclasses import asdict
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
-from dit import PRESETS, DiT, DiTConfig, flow_loss, latent_statistics, sample
-from fid import (Features, Moments, check_statistics, extract, frechet_distance, gather, inception_score,
-                 read, start)
-from tokenizer import (cores, fingerprint, latent_shift, load_named, load_tokenizer, read_weights, to_float,
-                       to_uint8)
-from train_tokenizer import (Help, bf16_on_cuda, catch_signals, clip_and_agree, compile_on_cuda, count_bad,
-                             flops, guard, key, loader, log_row, matmul_rate, micro_batch, open_data,
-                             progress, resume, sample_noise, save, save_grid, speed_row, update_ema)
+from dit import PRESETS, DiT, DiTConfig, flow_loss, generate, kept_statistics, load_dit
+from fid import Features, extract, frechet, inception_score, open_reference
+from tokenizer import (compile_blocks, fingerprint, latent_shift, load_tokenizer, print_once, progress,
+                       rank_and_world, read_weights, run_script, save_grid, seed_of, start,
+                       to_float, to_uint8, training_precision)
+from train_tokenizer import (Run, StopConditions, add_run_flags, check_run_flags, data_parallel,
+                             load_batches, open_data, split_batch, step_at, update_ema)
 
+# ---------------------------------------------------------------- the method
+# The DiT learns the velocity of the path on which the tokenizer was trained (tokenizer.flow, sample_time):
+#
+#   z_t = t z + (1 - t) noise          t = 1 is the latents, t = 0 is noise          velocity = z - noise
 
-def lr_at(progress, peak, final=0.1, flat=0.05):
-    """Constant for the first 40 of 800 epochs, then linear to a tenth (2e-4 to 2e-5); progress in [0, 1]."""
-    return peak * (1 - (1 - final) * min(1, max(0, (progress - flat) / (1 - flat))))
+def stage2_loss(net, tokenizer, stats, images, y, num_classes, shift, label_dropout):
+    """uint8 images (B, 3, H, W), classes y (B,) -> scalar. stats: mean and std (C,) of the latents.
 
-
-def draw(args, num_classes, z_shape, y, seed, device):
-    """A micro-batch's draws, a function of `seed` alone: posterior eps, noise, u (B,), dropped labels."""
-    rng = torch.Generator(device).manual_seed(seed)
-    eps, noise = torch.randn(2, *z_shape, generator=rng, device=device)
-    u, coin = torch.rand(2, len(y), generator=rng, device=device)
-    return eps, noise, u, torch.where(coin < args.label_dropout, num_classes, y)
-
-
-@torch.no_grad()
-def generate(ema, tokenizer, stats, seed, indices, y, autocast, **how):
-    """Images in [-1, 1] of the samples `indices` of classes y (B,); how: the arguments of dit.sample."""
-    noise = sample_noise(seed, indices, ema.config.grid ** 2, ema.config.channels).to(y.device)
-    with autocast():
-        z = sample(ema, noise, y, **how)
-    return tokenizer.decode(z * stats[1] + stats[0])
+    The generator was seeded from (seed, step, rank, micro-step).
+    """
+    # A sample of the frozen encoder's posterior, normalised channel by channel.
+    with torch.no_grad():
+        mean, logvar = tokenizer.encode(to_float(images))           # (B, N, C)
+        mean, logvar = mean.float(), logvar.float()
+        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        z = (z - stats[0]) / stats[1]
+    # Some labels become the null class, for classifier-free guidance.
+    dropped = torch.rand(len(y), device=y.device) < label_dropout
+    y = torch.where(dropped, num_classes, y)
+    # t by the shifted law, z_t, the network, the error of its velocity.
+    return flow_loss(net, z, y, shift).mean()
 
 
-@torch.no_grad()
-def evaluate(make, features, head, num, num_classes, reference, device, rank, world):
-    """Scores of `num` class-balanced samples, each process its share: FID (FD on other features) against
-    reference = (mu, sigma), IS, and with a class head the share that it takes for the class asked for.
-    make(indices, labels) -> images in [-1, 1]."""
-    moments, logits, hits = Moments(features.width, device), [], torch.zeros((), device=device)
-    mine = range(rank, num, world)
-    parts = [mine[k:k + 64] for k in range(0, len(mine), 64)]
-    for part in progress(rank, parts, desc="evaluate", leave=False):
-        labels = torch.tensor([i % num_classes for i in part], device=device)
-        f, last = features(to_uint8(make(part, labels)))
-        moments.add(f)
-        logits += [] if last is None else [last.cpu()]
-        hits += (head(f).argmax(1) == labels).sum() if head else 0
-    if world > 1:
-        dist.all_reduce(hits)
-    mu, sigma, _ = moments.result()
-    scores = {features.score: frechet_distance(mu, sigma, *reference)}
-    if features.inception and num >= 10:
-        scores["IS"] = inception_score(gather(logits, num, world))[0]
-    return scores | ({"agreement": hits.item() / num} if head else {})
-
-
-def open_metrics(args, tokenizer_path, held_out, device):
-    """-> features, class head or None, reference statistics; nothing where there is no --reference."""
-    if args.reference is None:
-        return None, None, None
-    beside = os.path.join(os.path.dirname(tokenizer_path), "teacher.pt")
-    name = beside if args.features == "tiny" else args.features
-    features, head = Features(name, args.weights, device), None
-    state = read_weights(name).get("head") if os.path.isfile(name) else None      # a teacher.pt of --tiny
-    if state:
-        head = nn.Linear(features.width, len(state["bias"])).to(device)
-        head.load_state_dict(state)
-    source = {"images": held_out} if args.reference == "shapes" else read(args.reference, held_out.size)
-    check_statistics(features, source)
-    if "mu" not in source:
-        source["mu"], source["sigma"], *_ = extract(features, source["images"], device, workers=args.workers)
-    return features, head, (source["mu"], source["sigma"])
+def lr_at(fraction, peak, final=0.1, flat=0.05):
+    """Learning rate at a fraction of training: constant for 40 of 800 epochs, then linear to a tenth."""
+    decayed = min(1, max(0, (fraction - flat) / (1 - flat)))
+    return peak * (1 - (1 - final) * decayed)
 
 
 # ---------------------------------------------------------------- flags
 
-TINY = dict(data="shapes", size="nano", steps=900, batch=64, lr=1e-3, ema=0.99, workers=0, save_every=200,
-            sample_every=500, cfg=2.0, sample_steps=20, reference="shapes", features="tiny", eval_num=512)
+TINY = dict(data="shapes", size="nano", steps=900, batch=64, lr=1e-3, ema=0.99, workers=0,
+            save_every=200, sample_every=500, cfg=2.0, sample_steps=20, reference="shapes",
+            features="tiny", eval_num=512)
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    add = p.add_argument_group("run").add_argument
-    add("--tiny", action="store_true", help="on the tokenizer of stage 1's --tiny: minutes on a laptop")
-    add("--data", default="data/imagenet/train", help="root/class/*.jpg; 'shapes' draws its own")
-    add("--tokenizer", default="out/tokenizer/last.pt", help="of stage 1 or 1b, or the authors' RecTok.pth")
-    add("--out", default="out/dit", help="run folder; the same command again goes on from its last.pt")
-    add("--seed", type=int, default=0, help="of the weights, the data order, every draw and the samples")
-    add = p.add_argument_group("model").add_argument
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_run_flags(p)
+    p.set_defaults(out="out/dit", epochs=800.0, ema=0.9995, eval_every=50000)
+    add = p.add_argument_group("stage 2").add_argument
+    add("--tokenizer", default="out/tokenizer/last.pt",
+        help="of stage 1 or 1b, or the authors' RecTok.pth")
     add("--size", default="XL", choices=list(PRESETS), help="row of dit.PRESETS")
     add("--qk_norm", action="store_true", help="RMSNorm on q and k, against late instability")
-    add("--grad_checkpoint", action="store_true", help="recompute the blocks: less memory, a third slower")
-    add("--shift", default="auto", help="timestep shift s (auto: max(1, sqrt(N C / 4096)))")
+    add("--grad_checkpoint", action="store_true",
+        help="recompute the blocks: less memory, a third slower")
     add("--label_dropout", type=float, default=0.1, help="share of labels replaced by the null class")
-    add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=float, default=800, help="length of the schedule")
-    add("--steps", type=int, help="the same in steps, instead of --epochs")
-    add("--stop_at", type=int, help="leave after this step; the same command without it goes on")
-    add("--batch", type=int, default=1024, help="global batch, whatever the number of processes")
-    add("--micro_batch", type=int, help="images a process and pass; the rest accumulates (default: up to 64)")
     add("--lr", type=float, default=2e-4, help="constant for 5 %% of training, then linear to a tenth")
-    add("--ema", type=float, default=0.9995, help="decay of the averaged weights")
-    add("--max_bad_steps", type=int, default=3, help="non-finite steps in a row, skipped before giving up")
-    add = p.add_argument_group("machine").add_argument
-    add("--save_every", type=int, default=5000, help="steps between last.pt; 10 x as many to a milestone")
-    add("--sample_every", type=int, default=5000, help="steps between EMA sample grids, from the same noise")
-    add("--eval_every", type=int, default=50000, help="steps between scores of EMA samples (and at the end)")
+    add("--sample_every", type=int, default=5000,
+        help="steps between EMA sample grids, from the same noise")
     add("--eval_num", type=int, default=50000, help="samples of a score")
-    add("--reference", help="npz or image folder for gFID (default: no scores); 'shapes' draws its own")
-    add("--features", default="inception", help="of gFID: inception, or a teacher or its file (gFD)")
-    add("--weights", default="weights", help="folder of published files; free ones download into it")
-    add("--cfg", type=float, default=1.0, help="guidance of those samples; above 1, scores with and without")
+    add("--cfg", type=float, default=1.0,
+        help="guidance of those samples; above 1, scores with and without")
     add("--sample_steps", type=int, default=49, help="Euler steps of those samples")
-    add("--workers", type=int, help="loader processes of each process (default: its share of the cores)")
-    add("--no_compile", action="store_true", help="no torch.compile (on CUDA it is on, from torch 2.9)")
-    add("--float32", action="store_true", help="compute in float32 where CUDA otherwise takes bf16 and TF32")
-    first, _ = p.parse_known_args(argv)
-    p.set_defaults(**(TINY if first.tiny else {}))
-    args = p.parse_args(argv)
-    args.micro_batch, args.workers = micro_batch(args), cores() if args.workers is None else args.workers
+    if p.parse_args(argv).tiny:
+        p.set_defaults(**TINY)
+    return p.parse_args(argv)
+
+
+def check(args):
+    """What is wrong with the flags, before any work."""
+    check_run_flags(args)
     if not 1 <= args.cfg < math.inf or args.eval_num < 2 or not 0 <= args.label_dropout < 1:
         raise ValueError(f"--cfg {args.cfg} --eval_num {args.eval_num} --label_dropout {args.label_dropout}: "
                          "need a finite cfg >= 1, at least 2 samples, and a share below 1")
-    return args
+    if args.sample_every < 1 or args.sample_steps < 1:
+        given = f"--sample_every {args.sample_every} --sample_steps {args.sample_steps}"
+        raise ValueError(f"{given}: must be positive")
 
 
 # ---------------------------------------------------------------- main
 
-COLUMNS = ["step", "epoch", "lr", "loss", "grad_norm", "unreadable", "images_per_s", "mfu", "memory_gb"]
-SCORES = [name + guided for guided in ("", "_cfg") for name in ("FID", "FD", "IS", "agreement")]
-
-
 def main(argv=None):
     args = parse(argv)
-    device, rank, world = start()
-    torch.manual_seed(args.seed)
+    check(args)
+    device, rank, _ = start()
 
-    # data, the frozen tokenizer, its latent statistics
+    # Setup: the frozen tokenizer, data, and how far this run goes
     tokenizer = load_tokenizer(args.tokenizer).to(device).requires_grad_(False)
-    config, mark = tokenizer.config, fingerprint(tokenizer)
-    shift = latent_shift(config.grid ** 2, config.channels) if args.shift == "auto" else float(args.shift)
-    data, plain, held_out, _ = open_data(args.data, config.image_size, args.seed)
-    steps = args.steps or math.ceil(args.epochs * len(data) / args.batch)
-    last = min(steps, args.stop_at or steps)
-    os.makedirs(args.out, exist_ok=True)
-    file = resume(args, rank)
-    if file and file["fingerprint"] != mark:
+    shape = tokenizer.config
+    mark = fingerprint(tokenizer)
+    data, plain, _, _ = open_data(args, shape.image_size)
+    run = Run(args, data)
+    if run.file and run.file["fingerprint"] != mark:
         raise ValueError(f"{args.out} was trained on the latents of another tokenizer than {args.tokenizer} "
-                         f"(fingerprint {file['fingerprint'][:8]}, now {mark[:8]})")
-    if file and file["step"] >= last:
-        if rank == 0:
-            print(f"{args.out} is at step {file['step']} of {steps}: nothing to do")
+                         f"(fingerprint {run.file['fingerprint'][:8]}, now {mark[:8]})")
+    if run.first >= run.last:
+        print_once(f"{args.out} is at step {run.first} of {run.steps}: nothing to do")
         return
-    first, streak = file["step"] if file else 0, 0
-    images_of = loader(data, args, first, last, rank, world, device)  # forks while the process is small
-    features, head, reference = open_metrics(args, args.tokenizer, held_out, device)
-    if file:
-        stats = file["latent_mean"].to(device), file["latent_std"].to(device)
-    else:                                            # without flips; each rank its share of the images
-        part = DataLoader(Subset(plain, range(rank, len(plain), world)), 64, num_workers=args.workers)
-        stats = latent_statistics(tokenizer, progress(rank, part, desc="latent statistics"))
+    micro_batch, accumulate = split_batch(args)
+    # The loaders fork here, while the process is small.
+    batches = load_batches(data, args, micro_batch, run.first, run.last, device)
+    if run.file:
+        stats = run.file["latent_mean"].to(device), run.file["latent_std"].to(device)
+    else:
+        # Kept beside the tokenizer for the next DiT.
+        root, _ = os.path.splitext(args.tokenizer)
+        path = f"{root}_stats_{mark[:8]}_{len(plain)}_{plain.num_classes}.npz"
+        stats = kept_statistics(path, tokenizer, plain, workers=args.workers)
 
-    # networks
-    num_classes = data.num_classes
-    torch.manual_seed(args.seed)                     # whatever was drawn for the tokenizer's layers
-    model = DiT(DiTConfig(config.grid, config.channels, num_classes=num_classes, qk_norm=args.qk_norm,
-                          **PRESETS[args.size])).to(device)
+    # Setup: networks
+    torch.manual_seed(args.seed)  # whatever was drawn for the tokenizer's layers
+    config = DiTConfig(shape.grid, shape.channels, num_classes=data.num_classes, qk_norm=args.qk_norm,
+                       **PRESETS[args.size])
+    if args.init and not run.file:
+        model = load_dit(args.init, config, ema=False, init=True).to(device)
+        ema = load_dit(args.init, config, init=True).to(device)
+    else:
+        model = DiT(config).to(device)
+        ema = deepcopy(model)
+    ema.requires_grad_(False)
     model.grad_checkpoint = args.grad_checkpoint
-    ema = deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=device.type == "cuda")
-    if file:
-        load_named(model, file["model"], args.out)
-        load_named(ema, file["model_ema"], args.out)
-        optimizer.load_state_dict(file["optimizer"])
-        file = None
-    if rank == 0:
-        print(f"torch {torch.__version__}, {world} x {device.type}, "
-              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data)} images of "
-              f"{num_classes} classes, steps {first} to {last} of {steps}, shift {shift:.3f}")
-        with open(os.path.join(args.out, "config.json"), "w") as f:
-            json.dump({"args": vars(args), "model": asdict(model.config), "torch": torch.__version__,
-                       "world": world}, f, indent=1)
-    x = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
-    z, one = torch.zeros(1, config.grid ** 2, config.channels, device=device), torch.zeros(1, device=device)
-    per_image = 3 * flops(model, z, one, one.long()) + flops(tokenizer.encode, x)  # FLOPs, backward included
-    rate, net = matmul_rate(device, args.float32), model
-    if rank == 0:
-        print(f"{per_image / 1e9:.1f} GFLOP an image; matrix rate {rate / 1e12:.3g} TFLOP/s")
-    compile_on_cuda(device, args.no_compile, model, tokenizer.encoder)
-    if args.grad_checkpoint:  # older versions of DDP cannot split a graph with checkpoints in it
-        torch._dynamo.config.optimize_ddp = False
-    if world > 1:
-        net = DDP(net, gradient_as_bucket_view=True, broadcast_buffers=False)
-    autocast = bf16_on_cuda(device, args.float32)
+    run.load(model=model, model_ema=ema, optimizer=optimizer)
+    shift = latent_shift(shape.grid ** 2, shape.channels)
+    if args.shift != "auto":
+        shift = float(args.shift)
+    run.announce(model, f"{data.num_classes} classes, shift {shift:.3f}")
+    compile_blocks(device, args.no_compile, model, ema, tokenizer.encoder)
+    net = data_parallel(model)
+    precision = training_precision(device, args.float32)
+    features, head, reference = open_metrics(args, shape.image_size, device)
 
-    accumulate = args.batch // (args.micro_batch * world)
-    columns = min(8, num_classes)  # the picture: one class a column, the same noise every time
-    show = torch.tensor([i % columns * (num_classes // columns) for i in range(8 * columns)], device=device)
+    # The picture: one class a column, the same noise every time
+    columns = min(8, config.num_classes)
+    shown = torch.arange(8 * columns, device=device) % columns * (config.num_classes // columns)
 
-    def make(indices, y, cfg=args.cfg):
-        return generate(ema, tokenizer, stats, args.seed, indices, y, autocast, steps=args.sample_steps,
-                        shift=shift, cfg=cfg)
-    stop, bar = catch_signals(), progress(rank, total=last, initial=first, desc="stage 2")
-    began, logged = time.time(), first
+    def draw_samples(indices, y, cfg=args.cfg):
+        return to_uint8(generate(ema, tokenizer, stats, args.seed, indices, y, precision,
+                                 steps=args.sample_steps, shift=shift, cfg=cfg))
 
-    for step in range(first, last):
-        lr = lr_at(step / steps, args.lr)
-        logs = torch.zeros(1, device=device)
-        for m in range(accumulate):
-            images, y = (x.to(device, non_blocking=True) for x in next(images_of))
-            if world > 1:
-                net.require_backward_grad_sync = m == accumulate - 1
-            with autocast():
-                with torch.no_grad():
-                    mean, logvar = tokenizer.encode(to_float(images))
-                eps, noise, u, y = draw(args, num_classes, mean.shape, y,
-                                        key(args.seed, step, rank, m), device)
-                z = mean.float() + (logvar.float() / 2).exp() * eps                # posterior sample
-                z = (z - stats[0]) / stats[1]
-                loss = flow_loss(net, z, y, shift, noise, u).mean()
+    stop = StopConditions(args.out)
+    bar = progress(total=run.last, initial=run.first, desc="stage 2")
+
+    for step in range(run.first, run.last):
+        # Gradients, accumulated over micro-batches
+        lr = lr_at(step / run.steps, args.lr)
+        terms = {"loss": 0}
+        for micro_step in range(accumulate):
+            images, y = next(batches)
+            images, y = images.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            torch.manual_seed(seed_of(args.seed, step, rank, micro_step))
+            net.require_backward_grad_sync = micro_step == accumulate - 1          # DDP: once a step
+            with precision:
+                loss = stage2_loss(net, tokenizer, stats, images, y, config.num_classes, shift,
+                                   args.label_dropout)
             (loss / accumulate).backward()
-            logs += loss.detach() / accumulate
+            terms["loss"] = terms["loss"] + loss.detach() / accumulate
 
-        norms, bad, leave = clip_and_agree([(model, 1.0)], logs, stop, world, device)
-        streak = guard(bad, streak, args, step, rank, {"loss": logs})
+        # The step. Where the loss or the gradient of any process is not finite, no weight is touched.
+        terms["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        bad, leave = stop.check(step, terms)
         if not bad:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
+            step_at(lr, optimizer)
             update_ema(ema, model, args.ema)
         optimizer.zero_grad()
 
-        # below the fence: save first (what follows may take long), then pictures, scores and the log
+        # Save first (what follows may take long), then picture, scores and log
         done = step + 1
         bar.update()
-        scoring = features and (done % args.eval_every == 0 or done == steps)
-        if rank == 0 and ((done % args.save_every == 0 or scoring) and not bad or done == last or leave):
-            small = {"model": model.state_dict(), "model_ema": ema.state_dict(),
-                     "config": asdict(model.config), "args": vars(args), "step": done,
+        due = done % args.eval_every == 0 or done == run.steps
+        scoring = features is not None and due and not leave
+        saving = (done % args.save_every == 0 or scoring) and not bad
+        if rank == 0 and (saving or done == run.last or leave):
+            state = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config),
                      "latent_mean": stats[0].cpu(), "latent_std": stats[1].cpu(),
                      "tokenizer": os.path.abspath(args.tokenizer), "fingerprint": mark}
-            save(os.path.join(args.out, "last.pt"), small | {"optimizer": optimizer.state_dict()})
-            if done % (10 * args.save_every) == 0 or done == last:
-                save(os.path.join(args.out, f"step_{done}.pt"), small)
-        if rank == 0 and (done % args.sample_every == 0 or done == last) and not leave:
-            save_grid(os.path.join(args.out, f"step_{done}.png"), make(range(len(show)), show), columns)
+            run.save(done, state, {"optimizer": optimizer.state_dict()})
+        if rank == 0 and (done % args.sample_every == 0 or done == run.last) and not leave:
+            images = draw_samples(range(len(shown)), shown)
+            save_grid(os.path.join(args.out, f"step_{done}.png"), images, columns)
         scores = {}
-        if scoring and not leave:
-            for cfg in sorted({1.0, args.cfg}):      # without guidance, and with
-                found = evaluate(functools.partial(make, cfg=cfg), features, head, args.eval_num, num_classes,
-                                 reference, device, rank, world)
-                scores |= {k + "_cfg" * (cfg > 1): v for k, v in found.items()}
-                if rank == 0:
-                    tqdm.write(", ".join(f"{k} {v:.4f}" for k, v in found.items())
-                               + f" (step {done}, EMA, {args.eval_num} samples, {args.sample_steps} Euler "
-                               f"steps, CFG {cfg}, seed {args.seed}; reference {args.reference}, "
-                               f"{features.name})")
+        if scoring:
+            for cfg in sorted({1.0, args.cfg}):                     # without guidance, and with
+                found = score_samples(draw_samples, cfg, args.eval_num, config.num_classes, features,
+                                      head, reference)
+                scores |= {name + ("_cfg" if cfg > 1 else ""): value for name, value in found.items()}
+                line = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+                print_once(f"{line} (step {done}, EMA, {args.eval_num} samples, {args.sample_steps} Euler "
+                           f"steps, CFG {cfg}, seed {args.seed}; against {args.reference}, {features.name})")
         if done % 10 == 0 or scores:
-            logs = torch.cat([logs / world, count_bad(data, device)])
-            if world > 1:
-                dist.all_reduce(logs)
-            if rank == 0:
-                loss, unreadable = logs.tolist()
-                values = [done, done * args.batch / len(data), lr, loss, norms[0], int(unreadable)]
-                speed = speed_row(began, (done - logged) * args.batch, per_image, rate, world, device)
-                began, logged = time.time(), done
-                log_row(args.out, COLUMNS + SCORES, dict(zip(COLUMNS, values)) | speed | scores)
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            row = run.log(done, lr, terms, scores)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         if leave:
             print(f"rank {rank}: stopped by a signal after step {done}; the same command goes on from there")
             break
     bar.close()
-    if world > 1:
-        dist.destroy_process_group()
+
+
+def open_metrics(args, image_size, device):
+    """-> features, class head or None, reference statistics; nothing where there is no --reference."""
+    if args.reference is None or args.features == "none":
+        return None, None, None
+    name = args.features
+    if name == "tiny":  # the teacher.pt beside the tokenizer
+        name = os.path.join(os.path.dirname(args.tokenizer), "teacher.pt")
+    features = Features(name, args.weights, device)
+    head = None
+    state = read_weights(name).get("head") if os.path.isfile(name) else None
+    if state:  # of --tiny: it knows the classes of Shapes
+        head = nn.Linear(features.width, len(state["bias"])).to(device)
+        head.load_state_dict(state)
+    return features, head, open_reference(args.reference, features, image_size, args.workers)
+
+
+@torch.no_grad()
+def score_samples(draw_samples, cfg, total, num_classes, features, head, reference):
+    """Scores of `total` class-balanced samples, each process its share: FID (FD on other features) against
+    the reference, IS, and with a class head the share that it takes for the class asked for."""
+    rank, world = rank_and_world()
+    mine = range(rank, total, world)
+    parts = [mine[k:k + 64] for k in range(0, len(mine), 64)]
+
+    def drawn():
+        for part in progress(parts, desc="evaluate", leave=False):
+            y = torch.tensor([i % num_classes for i in part], device=features.device)
+            yield draw_samples(part, y, cfg)
+
+    found = extract(features, drawn(), total, keep=head is not None)
+    scores = {features.score: frechet(found, reference)}
+    if features.inception and total >= 10:
+        scores["IS"], _ = inception_score(found["logits"])
+    if head:
+        classes = head(found["rows"].to(features.device)).argmax(1).cpu()
+        scores["agreement"] = (classes == torch.arange(total) % num_classes).float().mean().item()
+    return scores
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)
