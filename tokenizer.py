@@ -20,6 +20,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 import zipfile
@@ -1149,6 +1150,9 @@ def run_script(main):
     except Exception:
         traceback.print_exc()
     end_loaders()
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.main_thread():
+            thread.join()                                           # a checkpoint is being written
     if dist.is_initialized() and status == 0:
         dist.destroy_process_group()
     sys.stdout.flush()

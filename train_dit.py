@@ -200,6 +200,7 @@ def main(argv=None):
             save_grid(os.path.join(args.out, f"step_{done}.png"), images, columns)
         scores = {}
         if scoring:
+            run.finish_save()
             for cfg in sorted({1.0, args.cfg}):                     # without guidance, and with
                 found = score_samples(draw_samples, cfg, args.eval_num, config.num_classes, features,
                                       head, reference)
@@ -213,6 +214,7 @@ def main(argv=None):
         if leave:
             print(f"rank {rank}: stopped by a signal after step {done}; the same command goes on from there")
             break
+    run.finish_save()
     bar.close()
 
 
