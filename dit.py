@@ -72,6 +72,7 @@ def sample_path(model, noise, y, steps, shift, cfg=1.0, interval=(0, 1), guide=N
 
     u = torch.linspace(1, 0, steps + 1, device=noise.device)
     times = sample_time(steps + 1, shift, u).clamp(0, 1)             # from 0, noise, to 1, data
+    assert times[0] == 0 and times[-1] == 1, "sample_time must give t = 0 at u = 1, and t = 1 at u = 0"
     z = noise
     for t, t_next in zip(times[:-1], times[1:]):
         yield t.item(), z
@@ -362,7 +363,9 @@ def load_dit(path, config=None, ema=True, init=False):
 def config_from_shapes(state):
     """The config of a file that has none, from the shapes of its tensors."""
     width = (len(state["s_embedder.proj.weight"]), len(state["x_embedder.proj.weight"]))
-    heads = {preset["width"]: preset["heads"] for preset in PRESETS.values()}
+    heads = {}
+    for preset in PRESETS.values():
+        heads.setdefault(preset["width"], preset["heads"])
     if width not in heads:
         raise ValueError(f"widths {width} are no preset: pass config=DiTConfig(...)")
     norms = [len(w) for n, w in state.items() if re.fullmatch(r"blocks\.\d+\.norm1\.weight", n)]

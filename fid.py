@@ -143,7 +143,7 @@ def score_tokenizer(model, train, held_out, title, features=None, reference=None
     print_once(f"{line} ({len(held_out)} {title}; EMA, posterior means{against})")
     if reference:
         print_once(f"r{features.score}_reference: against {reference['name']}{reference['resized']}")
-    if held_out.classes != train.classes or train.num_classes < 2:      # a flat folder has no labels
+    if held_out.classes != train.classes or len(train.classes) < 2:      # a flat folder has no labels
         print_once("no linear probe: it needs the same class folders in the training and the held-out images")
         return scores
     probed = linear_probe(model, train, held_out, seed, workers)
@@ -265,7 +265,7 @@ def linear_probe(model, train, held_out, seed, workers=0, most=100_000):
     xx, xy = {}, {}
     part = Subset(train, range(0, len(train), math.ceil(len(train) / most)))
     for inputs, labels in batches(part, 0):
-        one_hot = F.one_hot(labels, train.num_classes).double()
+        one_hot = F.one_hot(labels, len(train.classes)).double()
         for name, x in inputs.items():
             xx[name] = xx.get(name, 0) + x.T @ x
             xy[name] = xy.get(name, 0) + x.T @ one_hot

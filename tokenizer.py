@@ -52,8 +52,9 @@ def latent_shift(N, C):
 def sample_time(n, shift, u=None, schedule="shift", device=None):
     """n times (n,) in [0, 1]: t = 1 - s u / (1 + (s - 1) u) with u ~ U(0, 1), given or drawn here.
 
-    s = 1 is uniform; s > 1 favours the noisy end. Other schedules are ablations of stage 1: "uniform", and
-    "lognormal", where the noise level 1 - t is the sigmoid of a standard normal variable.
+    s = 1 is uniform; s > 1 favours the noisy end. The sampler's grid is this law too, so u = 1 must give noise,
+    t = 0, and u = 0 data. Other schedules are ablations of stage 1 alone: "uniform", and "lognormal", where the
+    noise level 1 - t is the sigmoid of a standard normal variable.
     """
     if schedule == "lognormal":
         return 1 - torch.randn(n, device=device).sigmoid()

@@ -8,6 +8,7 @@ Running the same command again goes on from --out/last.pt. The published figures
 snapshots of one 800-epoch schedule: leave --epochs and use --stop_at.
 """
 import argparse
+import hashlib
 import math
 import os
 from copy import deepcopy
@@ -123,12 +124,12 @@ def main(argv=None):
     else:
         # Kept beside the tokenizer for the next DiT.
         root, _ = os.path.splitext(args.tokenizer)
-        path = f"{root}_stats_{mark[:8]}_{len(plain)}_{plain.num_classes}.npz"
+        path = f"{root}_stats_{mark[:8]}_{data_mark(plain)}.npz"
         stats = kept_statistics(path, tokenizer, plain, workers=args.workers)
 
     # Setup: networks
     torch.manual_seed(args.seed)  # whatever was drawn for the tokenizer's layers
-    config = DiTConfig(shape.grid, shape.channels, num_classes=data.num_classes, qk_norm=args.qk_norm,
+    config = DiTConfig(shape.grid, shape.channels, num_classes=len(data.classes), qk_norm=args.qk_norm,
                        **PRESETS[args.size])
     if args.init and not run.file:
         model = load_dit(args.init, config, ema=False, init=True).to(device)
@@ -144,7 +145,7 @@ def main(argv=None):
     shift = latent_shift(shape.grid ** 2, shape.channels)
     if args.shift != "auto":
         shift = float(args.shift)
-    run.announce(model, f"{data.num_classes} classes, shift {shift:.3f}")
+    run.announce(model, f"{config.num_classes} classes, shift {shift:.3f}")
     compile_blocks(device, args.no_compile, model, ema, tokenizer.encoder)
     net = data_parallel(model)
     precision = training_precision(device, args.float32)
@@ -163,7 +164,7 @@ def main(argv=None):
 
     for step in range(run.first, run.last):
         # Gradients, accumulated over micro-batches
-        lr = lr_at(step / run.steps, args.lr)
+        lr_scale = lr_at(step / run.steps, 1.0)
         terms = {"loss": 0}
         for micro_step in range(accumulate):
             images, y = next(batches)
@@ -180,7 +181,7 @@ def main(argv=None):
         terms["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         bad, leave = stop.check(step, terms)
         if not bad:
-            step_at(lr, optimizer)
+            step_at(lr_scale, optimizer)
             update_ema(ema, model, args.ema)
         optimizer.zero_grad()
 
@@ -206,16 +207,25 @@ def main(argv=None):
                                       head, reference)
                 scores |= {name + ("_cfg" if cfg > 1 else ""): value for name, value in found.items()}
                 line = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-                print_once(f"{line} (step {done}, EMA, {args.eval_num} samples, {args.sample_steps} Euler "
+                print_once(f"{line} (step {done}, EMA, {args.eval_num} samples, {args.sample_steps} "
                            f"steps, CFG {cfg}, seed {args.seed}; against {args.reference}, {features.name})")
-        if done % 10 == 0 or scores:
-            row = run.log(done, lr, terms, scores)
+        if done % 10 == 0 or done == run.last or scores:
+            row = run.log(done, lr_scale * args.lr, terms, scores)
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         if leave:
             print(f"rank {rank}: stopped by a signal after step {done}; the same command goes on from there")
             break
     run.finish_save()
     bar.close()
+
+
+def data_mark(data):
+    """Tells data sets apart: by length, class names and a few images."""
+    digest = hashlib.sha256(f"{len(data)} {list(data.classes)}".encode())
+    for k in range(8):
+        image, _ = data[k * len(data) // 8]
+        digest.update(image.numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def open_metrics(args, image_size, device):

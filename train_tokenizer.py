@@ -278,6 +278,7 @@ def main(argv=None):
     batches = load_batches(data, args, micro_batch, run.first, run.last, device)
 
     # Setup: networks
+    torch.manual_seed(args.seed)
     if args.tiny:
         make_tiny_teacher(args, config.image_size)
     teachers = open_teachers(args, device)
@@ -307,7 +308,7 @@ def main(argv=None):
 
     for step in range(run.first, run.last):
         # Gradients, accumulated over micro-batches
-        lr = lr_at(step / run.steps, peak_lr, args.warmup)
+        lr_scale = lr_at(step / run.steps, 1.0, args.warmup)
         gan_on = args.w_gan > 0 and step >= args.gan_start * run.steps
         terms = {}
         for micro_step in range(accumulate):
@@ -326,9 +327,9 @@ def main(argv=None):
             terms["d_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.parameters(), 3.0)
         bad, leave = stop.check(step, terms)
         if not bad:
-            step_at(lr, optimizer)
+            step_at(lr_scale, optimizer)
             if gan_on:
-                step_at(lr, d_optimizer)
+                step_at(lr_scale, d_optimizer)
             update_ema(ema, model, args.ema)
         optimizer.zero_grad()
         d_optimizer.zero_grad()
@@ -351,8 +352,8 @@ def main(argv=None):
             lpips = perceptual.lpips if perceptual else None
             scores = score_tokenizer(ema, plain, held_out, f"{held_out_name}, step {done}", features,
                                      reference, lpips, args.seed, args.workers)
-        if done % 10 == 0 or scores:
-            row = run.log(done, lr, terms, scores)
+        if done % 10 == 0 or done == run.last or scores:
+            row = run.log(done, lr_scale * peak_lr, terms, scores)
             bar.set_postfix(loss=f"{row['loss']:.4f}", pixel=f"{row['pixel']:.4f}", refresh=False)
         if leave:
             print(f"rank {rank}: stopped by a signal after step {done}; the same command goes on from there")
@@ -406,7 +407,7 @@ def open_teachers(args, device):
     names = args.teacher.split(",")
     if args.teacher == "tiny":
         names = [os.path.join(args.out, "teacher.pt")]
-    teachers = [load_teacher(name, published(args)).to(device) for name in names]
+    teachers = [load_teacher(name, published(args)).to(device).eval().requires_grad_(False) for name in names]
     for name, teacher in zip(names, teachers):
         if teacher.stride != args.patch_size:
             raise ValueError(f"teacher {name} has a token every {teacher.stride} pixels, the tokenizer every "
@@ -511,7 +512,7 @@ def fit_teacher(path, size, steps=250, batch=64, seed=0):
     net = DINO(**config)
     head = nn.Linear(96, Shapes.num_classes)
     data = Shapes(size, steps * batch, seed=seed + 3)               # held-out shapes have seed 1
-    optimizer = torch.optim.AdamW([*net.parameters(), *head.parameters()], weight_decay=0.05)
+    optimizer = torch.optim.AdamW([*net.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.05)
     right = 0
     bar = progress(DataLoader(data, batch), desc="fit the tiny teacher")
     for step, (images, labels) in enumerate(bar):
@@ -521,7 +522,7 @@ def fit_teacher(path, size, steps=250, batch=64, seed=0):
         right = 0.9 * right + 0.1 * (logits.argmax(1) == labels).float().mean().item()
         optimizer.zero_grad()
         loss.backward()
-        step_at(lr_at((step + 1) / steps, 1e-3, 0.1), optimizer)
+        step_at(lr_at((step + 1) / steps, 1.0, 0.1), optimizer)
     print_once(f"tiny teacher: {100 * right:.0f} % of the last shapes classified rightly -> {path}")
     save(path, {"config": config, "model": net.state_dict(), "head": head.state_dict()})
 
@@ -747,7 +748,10 @@ def split_batch(args):
 
 
 def open_data(args, size):
-    """-> training images with flips, the same without, held-out images, and what to call the latter."""
+    """-> training images with flips, the same without, held-out images, and what to call the latter.
+
+    A data set has a length, `classes` (names), and [i] or [(epoch, i)] -> uint8 tensor (3, size, size), label.
+    """
     if args.data == "shapes":
         train, held_out = Shapes(size, 1_000_000, args.seed + 2), Shapes(size, 1024, seed=1)
         return train, Shapes(size, 4096, args.seed + 2), held_out, "held-out shapes"
@@ -931,6 +935,9 @@ def resume(args, data):
         if wrong:
             raise ValueError(f"{args.out} belongs to another configuration ({'; '.join(wrong)}): "
                              "choose another --out")
+        new = sorted(vars(args).keys() - file["args"].keys())
+        if new:
+            print_once(f"notice: {path} was written without the flags {', '.join(new)}")
         if {"epochs", "steps"} & set(changed):
             print_once("notice: the length of training changed, and with it the learning rate schedule")
         if args.init:
@@ -1017,9 +1024,11 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_([e for e, _ in pairs], [p for _, p in pairs], 1 - decay)
 
 
-def step_at(lr, optimizer):
+def step_at(scale, optimizer):
+    """A step at `scale` times the peak learning rate of each group of parameters."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        peak = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = scale * peak
     optimizer.step()
 
 
