@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tokenizer import (Attention, SwiGLU, atomic, axial_rope, fingerprint, flow, from_rank_0, load_named,
-                       naming, own_config, rank_and_world, read_checkpoint, sample_noise, sample_time, share,
-                       to_float)
+                       local_batches, naming, own_config, rank_and_world, read_checkpoint, sample_noise,
+                       sample_time, to_float)
 
 # ---------------------------------------------------------------- flow matching on the path of tokenizer.flow
 # z_t = t z + (1 - t) noise, so dz_t / dt = z - noise. The network learns this velocity; the sampler follows
@@ -136,7 +136,7 @@ def kept_statistics(path, tokenizer, data, batch=64, workers=0):
     mark = fingerprint(tokenizer)
     stats = from_rank_0(lambda: read_statistics(path, tokenizer.config.channels, mark))
     if stats is None:
-        stats = latent_statistics(tokenizer, share(data, batch, workers, desc="latent statistics"))
+        stats = latent_statistics(tokenizer, local_batches(data, batch, workers, desc="latent statistics"))
         rank, _ = rank_and_world()
         if rank == 0:
             mean, std = (x.cpu().numpy() for x in stats)

@@ -27,14 +27,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Subset
 
-from tokenizer import (ImageFolder, Shapes, atomic, cores, flow, load_named, load_teacher, naming,
-                       print_once, rank_and_world, read_weights, run_script, sample_noise, share, start,
+from tokenizer import (ImageFolder, Shapes, atomic, cores, flow, load_named, load_teacher, local_batches,
+                       naming, print_once, rank_and_world, read_weights, run_script, sample_noise, start,
                        to_float, to_uint8, weight_file)
 
 # ---------------------------------------------------------------- scores of two sets of images
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), in float64 (Heusel et al. 2017).
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), in float64 (Heusel et al. 2017). mu (D,), sigma (D, D).
 
     With S1 = L L^T, S1 S2 has the eigenvalues of the symmetric L^T S2 L: real, non-negative, and cheap. A
     singular S1 (fewer samples than features) has no Cholesky factor; its eigenvectors give another L.
@@ -66,8 +66,8 @@ def inception_score(logits, splits=10, seed=2020):
 
 
 def precision_recall(real, fake, k=3, block=2000):
-    """Kynkaanniemi et al. 2019, on features (N, D), (M, D): the share of fakes inside the reals' k-NN balls,
-    and the reverse. Blockwise: 50,000 against 10,000 never needs the whole matrix of distances."""
+    """Kynkaanniemi et al. 2019, on features (N, D), (M, D), both more than k rows -> precision: the share of
+    fakes inside the reals' k-NN balls; recall: the reverse. Blockwise: never all distances at once."""
 
     def radii(x):  # to the k-th neighbour, itself left out
         return torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(block)])
@@ -170,7 +170,7 @@ def evaluate(model, data, features=None, reference=None, lpips=None, workers=0):
     if features:
         moments = [Moments(features.width, device) for _ in range(3)]
     logits = []
-    for images, _ in share(data, workers=workers):
+    for images, _ in local_batches(data, workers=workers):
         images = images.to(device)
         real = to_float(images) * 0.5 + 0.5
         mean, _ = model.encode(to_float(images))
@@ -212,7 +212,8 @@ def psnr(a, b):
 
 
 def ssim(a, b):
-    """Structural similarity (Wang et al. 2004) of [0, 1] images, 11 x 11 Gaussian window, sigma 1.5: (B,)."""
+    """Structural similarity (Wang et al. 2004) of [0, 1] images of at least 11 px, 11 x 11 Gaussian window,
+    sigma 1.5: (B,)."""
     g = torch.exp(-(torch.arange(11, device=a.device) - 5.0) ** 2 / (2 * 1.5 ** 2))
     window = (g[:, None] * g / g.sum() ** 2).expand(3, 1, 11, 11)
 
@@ -243,28 +244,31 @@ PROBE_TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
 @torch.no_grad()
-def linear_probe(model, train, held_out, seed, workers=0, most=100_000):
+def linear_probe(model, train, held_out, seed, workers=0, max_images=100_000):
     """Is the flow semantically rich? Accuracy of a linear classifier on token-averaged z_t, and on what the
     semantic decoder reads from z_t, for t from data to noise: {"probe_z_1.0": share of held-out images, ...}.
 
-    Ours: ridge regression on one-hot labels, solved from float64 sums over at most `most` training images,
-    EMA weights. The protocol behind the paper's columns stands in the released code's history only: one
+    Ours: ridge regression on one-hot labels, solved from float64 sums over at most `max_images` training
+    images, EMA weights. The protocol behind the paper's columns is in the released code's history only: one
     linear layer on every token, its logits averaged over tokens (so it is linear in the token mean too),
     cross-entropy, Adam, one epoch, raw weights. Another fit, so the numbers are not comparable.
     """
     device = next(model.parameters()).device
     rank, world = rank_and_world()
+    step = math.ceil(len(train) / max_images)
+    train_part = Subset(train, range(0, len(train), step))
+    if min(len(train_part), len(held_out)) < world:
+        raise ValueError(f"the linear probe needs an image for each of {world} processes in both sets")
 
-    def batches(data, first):
+    def batches(data, first, size=64):
         """This process's share -> {name: inputs (B, D + 1)}, labels. first: keeps the noise of sets apart."""
-        for number, (images, labels) in enumerate(share(data, batch=64, workers=workers)):
-            places = [first + rank + world * (64 * number + j) for j in range(len(labels))]   # in the set
+        for number, (images, labels) in enumerate(local_batches(data, size, workers)):
+            places = [first + rank + world * (size * number + j) for j in range(len(labels))]  # in the set
             yield probe_inputs(model, to_float(images.to(device)), places, seed), labels.to(device)
 
     # The sums of x x^T and of x y^T, for x the inputs and y the one-hot labels.
     xx, xy = {}, {}
-    part = Subset(train, range(0, len(train), math.ceil(len(train) / most)))
-    for inputs, labels in batches(part, 0):
+    for inputs, labels in batches(train_part, 0):
         one_hot = F.one_hot(labels, len(train.classes)).double()
         for name, x in inputs.items():
             xx[name] = xx.get(name, 0) + x.T @ x
@@ -341,14 +345,16 @@ def extract(features, batches, total, keep=False):
 def extract_data(features, data, batch=64, workers=0, keep=False):
     """The same of a data set."""
     try:
-        found = extract(features, (images for images, _ in share(data, batch, workers, features.name)),
-                        len(data), keep)
+        batches = local_batches(data, batch, workers, features.name)
+        found = extract(features, (images for images, _ in batches), len(data), keep)
     except RuntimeError as error:
         if "equal size" in str(error):
             raise ValueError(f"{data.root} holds images of different sizes: give --image_size") from error
         raise
-    if getattr(data, "bad", 0):                                     # a replaced image would count twice
-        raise ValueError(f"{int(data.bad)} unreadable images in {data.root}, named above: remove them")
+    bad = torch.tensor(float(getattr(data, "bad", 0)), device=features.device)
+    add_up(bad)
+    if bad:                                                         # a replaced image would count twice
+        raise ValueError(f"{int(bad)} unreadable images in {data.root}, named above: remove them")
     return found
 
 
@@ -651,16 +657,18 @@ def open_reference(path, features, image_size, workers=0):
     """
     if path is None or features is None:
         return None
-    side = {"images": Shapes(image_size, 1024, seed=1)} if path == "shapes" else read(path, image_size)
+    if path == "shapes":
+        side = {"images": Shapes(image_size, 1024, seed=1)}
+    else:
+        side = read(path, image_size)
     check_statistics(features, side)
     if "mu" not in side:
         side |= extract_data(features, side["images"], workers=workers)
     size = side.get("image_size") or known_size(path)
-    resized = (f", images brought from {image_size} to {size} px by Lanczos" if size not in (None,
-                                                                                             image_size)
-               else "")
-    return {"mu": side["mu"], "sigma": side["sigma"], "name": path, "image_size": size,
-            "resized": resized}
+    resized = ""
+    if size not in (None, image_size):
+        resized = f", images brought from {image_size} to {size} px by Lanczos"
+    return {"mu": side["mu"], "sigma": side["sigma"], "name": path, "image_size": size, "resized": resized}
 
 
 def known_size(path):
@@ -677,10 +685,12 @@ def compare(features, samples, reference, batch=64, workers=0):
     both = samples["images"] is not None and reference["images"] is not None
     found = []
     for side in (samples, reference):
-        rows = {"logits": None}
-        if side["images"] is not None and ("mu" not in side or both):
-            rows = extract_data(features, side["images"], batch, workers, keep=both)
-        found.append(rows | {k: side.get(k) for k in ("mu", "sigma", "n") if "mu" in side})
+        measured = {"logits": None}
+        if side["images"] is not None and (both or "mu" not in side):
+            measured = extract_data(features, side["images"], batch, workers, keep=both)
+        if "mu" in side:                                            # a file's own statistics count
+            measured |= {"mu": side["mu"], "sigma": side["sigma"], "n": side.get("n")}
+        found.append(measured)
     one, other = found
     scores = {features.score: frechet(one, other)}
     if one["logits"] is not None and len(one["logits"]) >= 10:

@@ -22,9 +22,9 @@ from PIL import Image
 
 from dit import decode_normalised, generate, kept_statistics, load_dit, sample_path
 from fid import check_writable
-from tokenizer import (ImageFolder, atomic, compile_blocks, cores, fingerprint, latent_shift,
-                       load_tokenizer, print_once, progress, rank_and_world, run_script,
-                       sample_noise, save_grid, start, to_uint8, training_precision)
+from tokenizer import (ImageFolder, atomic, compile_blocks, cores, fingerprint, from_rank_0, latent_shift,
+                       load_tokenizer, print_once, progress, rank_and_world, run_script, sample_noise,
+                       save_grid, start, to_uint8, training_precision)
 
 
 def parse(argv=None):
@@ -33,7 +33,7 @@ def parse(argv=None):
     add("--dit", default="out/dit/last.pt", help="checkpoint of stage 2, or the authors' ditdh*.pth")
     add("--tokenizer", help="checkpoint of stage 1 or 1b; unset: the one the DiT was trained with")
     add("--guide", help="a smaller, less trained DiT: AutoGuidance instead of the null class")
-    add("--classes", nargs="+", help="numbers or names, one a column; unset: 8 of them, all for --save")
+    add("--classes", nargs="+", help="names, or else numbers, one a column; unset: 8 of them, all for --save")
     # --num_samples: a newer torchrun takes --num as short for its own --numa-binding, and refuses it.
     add("--num", "--num_samples", type=int, help="of samples; sample i has class classes[i %% len(classes)]")
     add("--cfg", type=float, default=1.0, help="guidance w >= 1 in v = v_weak + w (v - v_weak); 1: none")
@@ -77,9 +77,9 @@ def main(argv=None):
     labels = [classes[i % len(classes)] for i in range(num)]
     options = dict(steps=args.steps, shift=shift, cfg=args.cfg, interval=args.interval, solver=args.solver)
     recipe = dict(options, shift=round(shift, 4), interval=list(args.interval), seed=args.seed, num=num,
-                  classes=args.classes or f"{columns} of {config.num_classes}", guide=args.guide,
-                  dit=os.path.abspath(args.dit), step=model.extras.get("step"),
-                  weights=weights_hash(model, guide, tokenizer))
+                  batch=args.batch, classes=args.classes or f"{columns} of {config.num_classes}",
+                  dit=os.path.abspath(args.dit), step=model.extras.get("step"), guide=args.guide,
+                  stats=args.stats)
     print_once("recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
     precision = training_precision(device)
 
@@ -94,6 +94,7 @@ def main(argv=None):
 
     if args.save:
         compile_blocks(device, args.no_compile, model, tokenizer.decoder, *([guide] if guide else []))
+        recipe["weights"] = weights_hash(model, guide, tokenizer)
         save_all(args, recipe, num, labels, draw_samples)
     elif rank == 0 and args.trajectory:
         noise = sample_noise(args.seed, range(num), config.grid ** 2, config.channels).to(device)
@@ -159,17 +160,18 @@ def open_statistics(args, model, tokenizer, device):
     """Latent mean and std (C,): of our checkpoint, of --stats, or computed from --data into --stats."""
     if model.extras:
         return model.extras["latent_mean"].to(device), model.extras["latent_std"].to(device)
-    if not args.stats or not (args.data or os.path.exists(args.stats)):
+    present = from_rank_0(lambda: bool(args.stats) and os.path.exists(args.stats))
+    if not args.stats or not (args.data or present):
         raise ValueError(f"{args.dit} holds no latent statistics: give --stats FILE.npz (mean, std), and if "
                          "it does not exist yet the training images as --data, to compute them")
     data = None
-    if not os.path.exists(args.stats):
+    if not present:
         data = ImageFolder(args.data, tokenizer.config.image_size)
     return kept_statistics(args.stats, tokenizer, data, args.batch, cores())
 
 
 def class_number(asked, path, model):
-    """A class by number, or by the name of its folder."""
+    """The number of a class, asked for by the name of its folder, or else by number."""
     names = model.extras.get("classes", [])
     if asked in names:
         return names.index(asked)
@@ -183,8 +185,9 @@ def weights_hash(*nets):
     """Tells weights apart that lie under the same path."""
     digest = hashlib.sha256()
     for net in nets:
-        for w in net.parameters() if net else ():
-            digest.update(np.float64(w.detach().double().sum().item()).tobytes())
+        if net is not None:
+            for w in net.state_dict().values():                     # sums of bits: exact on any device
+                digest.update(str(w.contiguous().view(torch.int32).sum(dtype=torch.int64).item()).encode())
     return digest.hexdigest()[:12]
 
 
@@ -207,7 +210,10 @@ def save_all(args, recipe, num, labels, draw_samples):
         images = draw_samples(chunk).permute(0, 2, 3, 1).numpy()    # NHWC
         for path, array in zip(paths, [images] if npz else images):
             with atomic(path) as f:
-                np.save(f, array) if npz else Image.fromarray(array).save(f, "PNG")
+                if npz:
+                    np.save(f, array)
+                else:
+                    Image.fromarray(array).save(f, "PNG")
     if world > 1:
         dist.barrier()
     if npz and rank == 0:

@@ -19,7 +19,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import traceback
 import warnings
@@ -52,9 +51,9 @@ def latent_shift(N, C):
 def sample_time(n, shift, u=None, schedule="shift", device=None):
     """n times (n,) in [0, 1]: t = 1 - s u / (1 + (s - 1) u) with u ~ U(0, 1), given or drawn here.
 
-    s = 1 is uniform; s > 1 favours the noisy end. The sampler's grid is this law too, so u = 1 must give noise,
-    t = 0, and u = 0 data. Other schedules are ablations of stage 1 alone: "uniform", and "lognormal", where the
-    noise level 1 - t is the sigmoid of a standard normal variable.
+    s = 1 is uniform; s > 1 favours the noisy end. The sampler's grid is this law too, so u = 1 must give
+    noise, t = 0, and u = 0 data. Other schedules are ablations of stage 1 alone: "uniform", and "lognormal",
+    where the noise level 1 - t is the sigmoid of a standard normal variable.
     """
     if schedule == "lognormal":
         return 1 - torch.randn(n, device=device).sigmoid()
@@ -74,7 +73,8 @@ def flow(z, noise, t):
 def random_keep(B, N, ratio, noise=None, device=None):
     """Indices of the VISIBLE patches, (B, K) long: a share `ratio` is hidden, K = ceil(N (1 - ratio)).
 
-    They are the places of the K smallest of noise (B, N), given or drawn here: another set for each image.
+    They are the places of the K smallest of noise (B, N), given or drawn here: another set for each image,
+    in no order.
     """
     if noise is None:
         noise = torch.rand(B, N, device=device)
@@ -740,7 +740,8 @@ def download_address(name):
 def weight_file(name, weights="weights"):
     """Path of a published file: `weights` itself if it is a file, else weights/name, downloaded if absent.
 
-    All processes call it: the first one of each machine downloads, the others wait.
+    All processes must call it: the first one of each machine downloads, the others wait. Raises OSError
+    that names the address and the place.
     """
     if os.path.isfile(weights):
         return weights
@@ -755,8 +756,9 @@ def weight_file(name, weights="weights"):
             os.makedirs(weights, exist_ok=True)
             torch.hub.download_url_to_file(url, path, hash_prefix=hashes[-1] if hashes else None)
         except Exception as error:
+            free = "; or use the free --teacher dinov2_vitl14" if "dinov3" in name else ""
             reason = f"could not download {url} ({one_line(error)})"
-            raise OSError(f"{reason}; put it at {path} yourself") from error
+            raise OSError(f"{reason}; put it at {path} yourself{free}") from error
     if dist.is_initialized():
         dist.barrier()
     return path
@@ -863,23 +865,23 @@ def load_named(module, state, path):
 @contextlib.contextmanager
 def atomic(path):
     """A file to write, renamed to `path` at the end: a kill or a full disk leaves the old or the new one."""
-    folder, name = os.path.split(os.path.abspath(path))
+    temporary = f"{path}.{os.getpid()}.tmp"                         # a name that no other run takes
     try:
-        handle, temporary = tempfile.mkstemp(".tmp", name + ".", folder)  # a name that no other run takes
         try:
-            with open(handle, "wb") as f:
+            with open(temporary, "wb") as f:
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
-            os.chmod(temporary, 0o644)                              # mkstemp's files are private
             os.replace(temporary, path)
         except BaseException:
-            os.remove(temporary)
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
             raise
     except (OSError, RuntimeError) as error:
         # torch reports a failed write as a RuntimeError about positions in the file.
-        cause = (error if isinstance(error, OSError)
-                 else "the disk is full, or a quota or a size limit is reached")
+        cause = error
+        if not isinstance(error, OSError):
+            cause = "the disk is full, or a quota or a size limit is reached"
         raise OSError(f"could not write {path}: {cause}; what was there before still is") from error
 
 
@@ -1125,7 +1127,7 @@ def rank_and_world():
 
 
 def from_rank_0(make):
-    """The result of make() on rank 0, on all processes."""
+    """The result of make() on rank 0, pickled, on all processes: all of them must call this."""
     rank, world = rank_and_world()
     result = [make() if rank == 0 else None]
     if world > 1:
@@ -1134,9 +1136,9 @@ def from_rank_0(make):
 
 
 def run_script(main):
-    """Runs a script's main, and ends the process whatever happens: status 1 and the error, or 0.
+    """Runs a script's main, and ends the process whatever happens: status 0, or 1 and the error.
 
-    A user's mistake is one line; anything else is a traceback.
+    A user's mistake is one line; anything else is a traceback. (argparse leaves by itself.)
     """
     status = 1
     try:
@@ -1152,8 +1154,8 @@ def run_script(main):
         traceback.print_exc()
     end_loaders()
     for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.main_thread():
-            thread.join()                                           # a checkpoint is being written
+        if thread.name == "checkpoint":                             # one is being written
+            thread.join()
     if dist.is_initialized() and status == 0:
         dist.destroy_process_group()
     sys.stdout.flush()
@@ -1205,7 +1207,7 @@ def progress(*args, **options):
     return tqdm(*args, disable=rank > 0, mininterval=interval, **options)
 
 
-def share(data, batch=64, workers=0, desc="evaluate"):
+def local_batches(data, batch=64, workers=0, desc="evaluate"):
     """Batches of this process's share of a data set: images rank, rank + world, and so on, in order."""
     rank, world = rank_and_world()
     part = Subset(data, range(rank, len(data), world))

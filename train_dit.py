@@ -20,8 +20,8 @@ import torch.nn as nn
 from dit import PRESETS, DiT, DiTConfig, flow_loss, generate, kept_statistics, load_dit
 from fid import Features, extract, frechet, inception_score, open_reference
 from tokenizer import (compile_blocks, fingerprint, latent_shift, load_tokenizer, print_once, progress,
-                       rank_and_world, read_weights, run_script, save_grid, seed_of, start,
-                       to_float, to_uint8, training_precision)
+                       rank_and_world, read_weights, run_script, save_grid, seed_of, start, to_float,
+                       to_uint8, training_precision)
 from train_tokenizer import (Run, StopConditions, add_run_flags, check_run_flags, data_parallel,
                              load_batches, open_data, split_batch, step_at, update_ema)
 
@@ -49,7 +49,7 @@ def stage2_loss(net, tokenizer, stats, images, y, num_classes, shift, label_drop
 
 
 def lr_at(fraction, peak, final=0.1, flat=0.05):
-    """Learning rate at a fraction of training: constant for 40 of 800 epochs, then linear to a tenth."""
+    """Learning rate at a fraction of training: constant for 5 % (40 of 800 epochs), then down to a tenth."""
     decayed = min(1, max(0, (fraction - flat) / (1 - flat)))
     return peak * (1 - (1 - final) * decayed)
 
@@ -89,6 +89,7 @@ def parse(argv=None):
 def check(args):
     """What is wrong with the flags, before any work."""
     check_run_flags(args)
+    split_batch(args)
     if not 1 <= args.cfg < math.inf or args.eval_num < 2 or not 0 <= args.label_dropout < 1:
         raise ValueError(f"--cfg {args.cfg} --eval_num {args.eval_num} --label_dropout {args.label_dropout}: "
                          "need a finite cfg >= 1, at least 2 samples, and a share below 1")
@@ -108,31 +109,25 @@ def main(argv=None):
     tokenizer = load_tokenizer(args.tokenizer).to(device).requires_grad_(False)
     shape = tokenizer.config
     mark = fingerprint(tokenizer)
-    data, plain, _, _ = open_data(args, shape.image_size)
+    data, unflipped = open_data(args, shape.image_size)
     run = Run(args, data)
-    if run.file and run.file["fingerprint"] != mark:
+    if run.checkpoint and run.checkpoint["fingerprint"] != mark:
         raise ValueError(f"{args.out} was trained on the latents of another tokenizer than {args.tokenizer} "
-                         f"(fingerprint {run.file['fingerprint'][:8]}, now {mark[:8]})")
+                         f"(fingerprint {run.checkpoint['fingerprint'][:8]}, now {mark[:8]})")
     if run.first >= run.last:
         print_once(f"{args.out} is at step {run.first} of {run.steps}: nothing to do")
         return
     micro_batch, accumulate = split_batch(args)
-    # The loaders fork here, while the process is small.
+    # Forked before the networks are built: loaders copy what is there.
     batches = load_batches(data, args, micro_batch, run.first, run.last, device)
-    if run.file:
-        stats = run.file["latent_mean"].to(device), run.file["latent_std"].to(device)
-    else:
-        # Kept beside the tokenizer for the next DiT.
-        root, _ = os.path.splitext(args.tokenizer)
-        path = f"{root}_stats_{mark[:8]}_{data_mark(plain)}.npz"
-        stats = kept_statistics(path, tokenizer, plain, workers=args.workers)
 
-    # Setup: networks
-    torch.manual_seed(args.seed)  # whatever was drawn for the tokenizer's layers
+    # Setup: networks, scores, statistics of the latents
     config = DiTConfig(shape.grid, shape.channels, num_classes=len(data.classes), qk_norm=args.qk_norm,
                        **PRESETS[args.size])
-    if args.init and not run.file:
+    torch.manual_seed(args.seed)                                    # whatever was drawn for the tokenizer
+    if args.init and not run.checkpoint:
         model = load_dit(args.init, config, ema=False, init=True).to(device)
+        torch.manual_seed(args.seed)                                # fresh parts are the same in both
         ema = load_dit(args.init, config, init=True).to(device)
     else:
         model = DiT(config).to(device)
@@ -141,6 +136,12 @@ def main(argv=None):
     model.grad_checkpoint = args.grad_checkpoint
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=device.type == "cuda")
+    features, head, reference = open_metrics(args, shape.image_size, device)
+    if run.checkpoint:
+        stats = run.checkpoint["latent_mean"].to(device), run.checkpoint["latent_std"].to(device)
+    else:
+        path = f"{args.tokenizer}.stats_{mark[:8]}_{data_mark(unflipped)}.npz"      # for the next DiT too
+        stats = kept_statistics(path, tokenizer, unflipped, workers=args.workers)
     run.load(model=model, model_ema=ema, optimizer=optimizer)
     shift = latent_shift(shape.grid ** 2, shape.channels)
     if args.shift != "auto":
@@ -149,7 +150,6 @@ def main(argv=None):
     compile_blocks(device, args.no_compile, model, ema, tokenizer.encoder)
     net = data_parallel(model)
     precision = training_precision(device, args.float32)
-    features, head, reference = open_metrics(args, shape.image_size, device)
 
     # The picture: one class a column, the same noise every time
     columns = min(8, config.num_classes)

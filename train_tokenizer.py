@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from copy import copy, deepcopy
@@ -31,11 +32,10 @@ from torch.utils.data import DataLoader
 
 from fid import Features, open_reference, score_tokenizer
 from tokenizer import (DINO, SIGNALS, SIZES, ImageFolder, RecTok, Shapes, TokenizerConfig, atomic,
-                       compile_blocks, cores, flow, ignore_signals, latent_shift, load_named,
-                       load_teacher, load_tokenizer, naming, print_once, progress, random_keep,
-                       rank_and_world, read_tokenizer, read_weights, run_script, sample_noise,
-                       sample_time, save_grid, seed_of, start, to_float, to_uint8, training_precision,
-                       weight_file)
+                       compile_blocks, cores, flow, ignore_signals, latent_shift, load_named, load_teacher,
+                       load_tokenizer, naming, print_once, progress, random_keep, rank_and_world,
+                       read_tokenizer, read_weights, run_script, sample_noise, sample_time, save_grid,
+                       seed_of, start, to_float, to_uint8, training_precision, weight_file)
 
 
 # ---------------------------------------------------------------- the method; the rest serves it
@@ -108,8 +108,9 @@ class Objective(nn.Module):
         if perceptual is not None:
             losses["perceptual"] = perceptual(real, fake)             # --w_perceptual 1: LPIPS + ConvNeXt
         if teachers:
-            hidden = torch.ones(B, N, device=device).scatter(1, visible, 0.0)
-            only = None if args.target == "all" else hidden           # RAD: all patches count
+            only = None                                               # RAD: all patches count
+            if args.target == "hidden":
+                only = torch.ones(B, N, device=device).scatter(1, visible, 0.0)
             each = [semantic_loss(f, y, args.semantic_loss, only) for f, y in zip(features, targets)]
             losses["semantic"] = sum(each) / len(each)                # --w_semantic 1: 1 - cosine
         if discriminator is not None:
@@ -122,8 +123,7 @@ def train_micro_batch(objective, discriminator, teachers, perceptual, images, we
     """Adds the gradients of one micro-batch, `portion` of the step's batch; -> {name: number} to log."""
     discriminator.requires_grad_(False)         # the GAN term teaches pixel decoder and encoder alone
     with precision:                             # on CUDA: autocast to bf16; losses are summed in float32
-        judge = discriminator if gan_on else None
-        losses, real, fake = objective(images, teachers, perceptual, judge)
+        losses, real, fake = objective(images, teachers, perceptual, discriminator if gan_on else None)
     total = sum(weights[name] * loss for name, loss in losses.items())
     (total * portion).backward()
     terms = {"loss": total, **losses}
@@ -209,6 +209,7 @@ def add_model_flags(p):
     add = p.add_argument_group("model").add_argument
     add("--finetune_decoder", metavar="CKPT", help="stage 1b: train this checkpoint's pixel decoder alone")
     add("--eval_only", metavar="CKPT", help="no training: the scores of this checkpoint, and a picture")
+    add("--val", help="held-out images; unset: the folder `val` beside --data, else --data itself")
     add("--image_size", type=int, help="pixels, a multiple of the patch; unset: 256, or the checkpoint's")
     add("--patch_size", type=int, default=16, help="pixels a token")
     add("--channels", type=int, default=128, help="C, of a latent token")
@@ -244,6 +245,8 @@ def add_method_flags(p):
 def check(args):
     """What is wrong with the flags, before any work."""
     check_run_flags(args)
+    if not args.eval_only:
+        split_batch(args)
     if not 0 <= args.mask_max < 1 or args.mask_min > args.mask_max:
         given = f"--mask_min {args.mask_min} --mask_max {args.mask_max}"
         raise ValueError(f"{given}: need min <= max, and 0 <= max < 1")
@@ -265,16 +268,17 @@ def main(argv=None):
     if config.image_size < smallest and not args.eval_only:
         raise ValueError(f"images of {config.image_size} px are too small for the losses: they need "
                          f"{smallest} px (16 with --w_gan 0)")
-    data, plain, held_out, held_out_name = open_data(args, config.image_size)
+    data, unflipped = open_data(args, config.image_size)
+    held_out, held_out_name = open_held_out(args, config.image_size, unflipped)
     if args.eval_only:
-        evaluate_only(args, config, plain, held_out, held_out_name, device)
+        evaluate_only(args, config, unflipped, held_out, held_out_name, device)
         return
     run = Run(args, data)
     if run.first >= run.last:
         print_once(f"{args.out} is at step {run.first} of {run.steps}: nothing to do")
         return
     micro_batch, accumulate = split_batch(args)
-    # The loaders fork here, while the process is small.
+    # Forked before the networks are built: loaders copy what is there.
     batches = load_batches(data, args, micro_batch, run.first, run.last, device)
 
     # Setup: networks
@@ -285,7 +289,7 @@ def main(argv=None):
     perceptual = PerceptualLoss(published(args)).to(device) if args.w_perceptual else None
     features = open_features(args, args.out, device)
     reference = open_reference(args.reference, features, config.image_size, args.workers)
-    model, ema = open_tokenizers(args, config, teachers, device, init=None if run.file else args.init)
+    model, ema = open_tokenizers(args, config, teachers, device, init=None if run.checkpoint else args.init)
     config = model.config
     discriminator = PatchGAN(args.gan_width).to(device)
     peak_lr = args.lr or (5e-5 if args.finetune_decoder else 1e-4) * args.batch / 256
@@ -350,7 +354,7 @@ def main(argv=None):
         if scoring:
             run.finish_save()                                       # the scores' loaders fork: no threads
             lpips = perceptual.lpips if perceptual else None
-            scores = score_tokenizer(ema, plain, held_out, f"{held_out_name}, step {done}", features,
+            scores = score_tokenizer(ema, unflipped, held_out, f"{held_out_name}, step {done}", features,
                                      reference, lpips, args.seed, args.workers)
         if done % 10 == 0 or done == run.last or scores:
             row = run.log(done, lr_scale * peak_lr, terms, scores)
@@ -371,6 +375,18 @@ def tokenizer_config(args):
     semantic = "none" if args.distill == "none" else args.semantic
     return TokenizerConfig(args.image_size or 256, args.patch_size, args.channels, args.encoder,
                            args.decoder, semantic)
+
+
+def open_held_out(args, size, unflipped):
+    """-> held-out images, and what to call them; without any, the training images."""
+    if args.data == "shapes":
+        return Shapes(size, 1024, seed=1), "held-out shapes"
+    beside = os.path.join(os.path.dirname(os.path.abspath(args.data)), "val")
+    if args.val:
+        return ImageFolder(args.val, size), f"images of {args.val}"
+    if os.path.isdir(beside) and not os.path.samefile(beside, args.data):
+        return ImageFolder(beside, size), f"images of {beside}"
+    return unflipped, "TRAINING images (no val folder)"
 
 
 def open_tokenizers(args, config, teachers, device, init):
@@ -428,9 +444,12 @@ def optimizer_for(model, lr):
     free_parts = ("ln", "bias", "embedding", "norm", "gamma", "embed", "token")
     free, decayed = [], []
     for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            is_free = weight.ndim == 1 or any(part in name for part in free_parts)
-            (free if is_free else decayed).append(weight)
+        if not weight.requires_grad:
+            continue
+        if weight.ndim == 1 or any(part in name for part in free_parts):
+            free.append(weight)
+        else:
+            decayed.append(weight)
     groups = [dict(params=free, weight_decay=0.0), dict(params=decayed, weight_decay=1e-4)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=torch.cuda.is_available())
 
@@ -447,13 +466,13 @@ def average_gradients(net):
         gradient.copy_(mean.view_as(gradient))
 
 
-def evaluate_only(args, config, plain, held_out, held_out_name, device):
+def evaluate_only(args, config, unflipped, held_out, held_out_name, device):
     """The scores of a checkpoint, and a picture: originals above reconstructions."""
     model = load_tokenizer(args.eval_only, config).to(device)
     lpips = LPIPS(published(args)).to(device) if args.w_perceptual else None
     features = open_features(args, os.path.dirname(args.eval_only), device)
     reference = open_reference(args.reference, features, config.image_size, args.workers)
-    score_tokenizer(model, plain, held_out, f"{held_out_name}, {args.eval_only}", features, reference,
+    score_tokenizer(model, unflipped, held_out, f"{held_out_name}, {args.eval_only}", features, reference,
                     lpips, args.seed, args.workers)
     rank, _ = rank_and_world()
     if rank == 0:
@@ -698,7 +717,6 @@ def add_run_flags(p):
         help="drawn shapes, small networks, other defaults: minutes on a laptop")
     add("--data", default="data/imagenet/train",
         help="root/class/*.jpg, or a flat folder; 'shapes' draws its own")
-    add("--val", help="held-out images; unset: the folder `val` beside --data, else --data itself")
     add("--out", help="run folder; the same command again goes on from its last.pt")
     add("--init", metavar="CKPT",
         help="start from the weights of this checkpoint, ours or the authors'")
@@ -732,7 +750,6 @@ def check_run_flags(args):
             raise ValueError(f"--{name} {value}: must be positive")
     if not 0 <= args.ema < 1:
         raise ValueError(f"--ema {args.ema}: need 0 <= ema < 1")
-    split_batch(args)
 
 
 def split_batch(args):
@@ -748,21 +765,17 @@ def split_batch(args):
 
 
 def open_data(args, size):
-    """-> training images with flips, the same without, held-out images, and what to call the latter.
+    """-> training images with flips, and the same without.
 
-    A data set has a length, `classes` (names), and [i] or [(epoch, i)] -> uint8 tensor (3, size, size), label.
+    A data set has a length, `classes` (names), and [i] or [(epoch, i)] -> uint8 (3, size, size), label.
     """
     if args.data == "shapes":
-        train, held_out = Shapes(size, 1_000_000, args.seed + 2), Shapes(size, 1024, seed=1)
-        return train, Shapes(size, 4096, args.seed + 2), held_out, "held-out shapes"
+        return Shapes(size, 1_000_000, args.seed + 2), Shapes(size, 4096, args.seed + 2)
     train = ImageFolder(args.data, size, flip=True, seed=args.seed)
-    plain = copy(train)                                             # the folder is walked once
-    plain.flip = False
-    plain.bad = torch.zeros_like(train.bad).share_memory_()
-    beside = os.path.join(os.path.dirname(os.path.abspath(args.data)), "val")
-    if args.val or (os.path.isdir(beside) and not os.path.samefile(beside, args.data)):
-        return train, plain, ImageFolder(args.val or beside, size), f"images of {args.val or beside}"
-    return train, plain, plain, "TRAINING images (no val folder)"
+    unflipped = copy(train)                                         # the folder is walked once
+    unflipped.flip = False
+    unflipped.bad = torch.zeros_like(train.bad).share_memory_()
+    return train, unflipped
 
 
 def load_batches(data, args, micro_batch, first, last, device):
@@ -810,22 +823,22 @@ class Run:
         self.last = min(self.steps, args.stop_at or self.steps)                         # of this run
         os.makedirs(args.out, exist_ok=True)
         self.lock = lock_folder(args.out)
-        self.file = resume(args, data)
-        self.first = self.file["step"] if self.file else 0
+        self.checkpoint = resume(args, data)
+        self.first = self.checkpoint["step"] if self.checkpoint else 0
         self.writer = None                                          # the thread that writes a checkpoint
         self.failure = None                                         # its error
 
     def load(self, **parts):
         """The modules and optimizers by their names in last.pt, where there is one."""
-        if self.file:
+        if self.checkpoint:
             path = os.path.join(self.args.out, "last.pt")
             with naming(path, "a checkpoint of this run"):
                 for name, part in parts.items():
                     if isinstance(part, nn.Module):
-                        load_named(part, self.file[name], path)
+                        load_named(part, self.checkpoint[name], path)
                     else:
-                        part.load_state_dict(self.file[name])
-            self.file = None                                        # frees its memory
+                        part.load_state_dict(self.checkpoint[name])
+            self.checkpoint = None                                        # frees its memory
 
     def announce(self, model, more):
         """What is about to run, and where its numbers go; also config.json."""
@@ -834,8 +847,8 @@ class Run:
         device = next(model.parameters()).device.type
         print_once(f"torch {torch.__version__}, {world} x {device}, {parameters:.1f} M parameters, "
                    f"{len(self.data)} images, steps {self.first} to {self.last} of {self.steps}, {more}")
-        print_once(f"log: {self.args.out}/log.csv (images_per_s x the GFLOP an image in assets/costs.md / "
-                   "your GPU's matrix rate: the share in use)")
+        print_once(f"log: {self.args.out}/log.csv (assets/costs.md: from images_per_s to the share of a "
+                   "GPU's matrix rate)")
         config = {"args": vars(self.args), "model": asdict(model.config), "classes": list(self.data.classes),
                   "torch": torch.__version__, "world": world}
         if rank == 0:
@@ -855,14 +868,15 @@ class Run:
         files = {"last.pt": weights | to_host(rest)}
         if done % (10 * self.args.save_every) == 0 or done == self.last:
             files[f"step_{done}.pt"] = weights
-        self.writer = threading.Thread(target=self.write, args=(files,))
+        self.writer = threading.Thread(target=self.write, args=(files,), name="checkpoint")
         self.writer.start()
 
     def write(self, files):
         try:
             for name, file in files.items():
                 save(os.path.join(self.args.out, name), file)
-        except OSError as error:
+        except Exception as error:                                  # raised by finish_save
+            print(f"checkpoint: {error}", file=sys.stderr)
             self.failure = error
 
     def finish_save(self):
@@ -965,14 +979,18 @@ def log_row(out, row):
     rank, _ = rank_and_world()
     if rank > 0:
         return
-    rows = read_log(out)
-    columns = list(dict.fromkeys([*(rows[0] if rows else []), *row]))
+    path = os.path.join(out, "log.csv")
+    before = []
+    if os.path.exists(path):
+        with open(path, newline="") as f:
+            before = next(csv.reader(f), [])
+    columns = list(dict.fromkeys([*before, *row]))
     text = {name: value if isinstance(value, int) else f"{value:.6g}" for name, value in row.items()}
-    if rows and len(columns) == len(rows[0]):
-        with open(os.path.join(out, "log.csv"), "a", newline="") as f:
+    if columns == before:
+        with open(path, "a", newline="") as f:
             csv.DictWriter(f, columns).writerow(text)
     else:
-        write_log(out, columns, [*rows, text])
+        write_log(out, columns, [*read_log(out), text])
 
 
 def trim_log(out, step):
@@ -1052,8 +1070,8 @@ class StopConditions:
         signal.signal(number, signal.SIG_DFL)
 
     def check(self, step, terms):
-        """-> is a loss or gradient norm of any process not finite; does any process want to leave."""
-        _, world = rank_and_world()
+        """-> bad: a loss or gradient norm of some process is not finite; leave: some process got a signal."""
+        rank, world = rank_and_world()
         values = torch.stack(list(terms.values())).float()
         signalled = torch.tensor(self.signalled, device=values.device)
         flags = torch.stack([~values.isfinite().all(), signalled]).float()
@@ -1063,7 +1081,8 @@ class StopConditions:
         self.bad_steps = self.bad_steps + 1 if bad else 0
         if bad:
             report = ", ".join(f"{name} {value:.4g}" for name, value in zip(terms, values.tolist()))
-            print_once(f"step {step}: a loss or gradient is not finite, skipped; {report}")
+            report = f"on rank {rank}: {report}"
+            print_once(f"step {step}: a loss or gradient of some process is not finite, skipped; {report}")
         if self.bad_steps == self.PATIENCE:
             path = os.path.join(self.out, "last.pt")
             kept = (f"the last good checkpoint is {path}" if os.path.exists(path)
