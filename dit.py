@@ -101,7 +101,10 @@ def generate(model, tokenizer, stats, seed, indices, y, precision, **options):
 def decode_normalised(tokenizer, stats, z):
     """Latents as the DiT knows them (B, N, C) -> images (B, 3, H, W) in [-1, 1] but for overshoot."""
     mean, std = stats
-    return tokenizer.decode(z * std + mean)
+    images = tokenizer.decode(z * std + mean)
+    if not images.isfinite().all():
+        raise FloatingPointError("samples are not finite: weights or latent statistics hold NaN or infinity")
+    return images
 
 
 @torch.no_grad()
@@ -156,6 +159,8 @@ def read_statistics(path, channels, mark):
         with np.load(path, allow_pickle=False) as file:
             mean, std = (torch.from_numpy(file[k]).float().flatten() for k in ("mean", "std"))
             other = "fingerprint" in file.files and str(file["fingerprint"]) != mark
+    if not (mean.isfinite().all() and (std > 0).all()):
+        raise ValueError(f"{path}: the mean must be finite and the std positive")
     if len(mean) != channels or len(std) != channels:
         raise ValueError(f"{path} has statistics of {len(mean)} channels, the tokenizer has {channels}")
     if other:
@@ -354,7 +359,7 @@ def load_dit(path, config=None, ema=True, init=False):
             fresh[-1] = state[table][-1]
             state[table] = fresh
     model = load_named(model, state, path).eval()
-    ours = "fingerprint" in file
+    ours = {"fingerprint", "latent_mean", "latent_std", "args"} <= file.keys()
     model.extras = ({k: v for k, v in file.items() if k not in ("model", "model_ema", "optimizer")}
                     if ours else {})
     return model

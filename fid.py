@@ -620,7 +620,7 @@ def read(path, image_size=None):
         raise FileNotFoundError(f"no folder or npz at {path!r}")
     if path.endswith(".npy"):
         raise ValueError(f"{path} is one array (.npy); an .npz is needed: np.savez(path, arr_0=images)")
-    found = {"images": None, "image_size": None}
+    found = {"images": None, "image_size": None, "path": path}
     with naming(path,
                 "an npz of images (arr_0) or statistics (mu, sigma): truncated, or of another kind"):
         with np.load(path, allow_pickle=False) as file:
@@ -629,11 +629,7 @@ def read(path, image_size=None):
                 found[name] = file[name].item()
             if {"mu", "sigma"} <= names:
                 found["mu"], found["sigma"] = file["mu"].squeeze(), file["sigma"]
-                width = found["mu"].size
-                if found["mu"].shape != (width,) or found["sigma"].shape != (width, width):
-                    shapes = f"mu {file['mu'].shape} and sigma {file['sigma'].shape}"
-                    raise ValueError(f"{path}: {shapes} are no mean and "
-                                     "covariance")
+                check_moments(found["mu"], found["sigma"], path)
             elif "arr_0" not in names:
                 raise ValueError(f"{path}: neither images (arr_0) nor statistics (mu, sigma) in it")
         if "arr_0" in names:
@@ -642,12 +638,28 @@ def read(path, image_size=None):
     return found
 
 
+def check_moments(mu, sigma, path):
+    """ValueError where they cannot be the mean (D,) and covariance (D, D) of features."""
+    width = mu.size
+    if mu.shape != (width,) or sigma.shape != (width, width):
+        raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no mean and covariance")
+    if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
+        raise ValueError(f"{path}: mu is {mu.dtype}, sigma {sigma.dtype}: floating-point numbers expected")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{path}: non-finite statistics")
+    if not np.allclose(sigma, sigma.T) or (sigma.diagonal() < 0).any():
+        raise ValueError(f"{path}: sigma is no covariance: not symmetric, or negative on its diagonal")
+
+
 def check_statistics(features, side):
     """ValueError where the statistics of a read() result are not of these features."""
-    kind = side.get("features", features.name)
-    width = len(side["mu"]) if "mu" in side else features.width
-    if (kind, width) != (features.name, features.width):
-        raise ValueError(f"statistics of {width} {kind} features; {features.name} has {features.width}")
+    if "mu" not in side:
+        return
+    width, kind = len(side["mu"]), side.get("features", "unknown")
+    same = "features" not in side or kind.split()[-1] == features.name.split()[-1] # hash or name
+    if not same or width != features.width:
+        raise ValueError(f"{side['path']}: statistics of {width} features ({kind}); {features.name} has "
+                         f"{features.width}")
 
 
 def open_reference(path, features, image_size, workers=0):
@@ -723,8 +735,8 @@ def parse(argv=None):
     add("--batch", type=int, default=64, help="images at a time")
     add("--json", action="store_true", help="one line of JSON instead of the table")
     args = p.parse_intermixed_args(argv)
-    if not args.save_stats and not args.reference:
-        p.error("two inputs are needed: SAMPLES REFERENCE")
+    if bool(args.save_stats) == bool(args.reference):
+        p.error("two inputs are needed: SAMPLES REFERENCE; or one and --save_stats FILE.npz")
     return args
 
 
@@ -735,8 +747,9 @@ def main(argv=None):
     if target:
         target = target if target.endswith(".npz") else target + ".npz"
         check_writable(target)
+        if os.path.realpath(target) == os.path.realpath(args.samples) or os.path.basename(target) == ".npz":
+            raise ValueError(f"--save_stats {target}: give it a name of its own")
     samples = read(args.samples, args.image_size)
-    features = None
     if target:
         if samples["images"] is None:
             raise ValueError(f"{args.samples} holds statistics already")

@@ -23,7 +23,7 @@ from PIL import Image
 from dit import decode_normalised, generate, kept_statistics, load_dit, sample_path
 from fid import check_writable
 from tokenizer import (ImageFolder, atomic, compile_blocks, cores, fingerprint, from_rank_0, latent_shift,
-                       load_tokenizer, print_once, progress, rank_and_world, run_script, sample_noise,
+                       load_tokenizer, naming, print_once, progress, rank_and_world, run_script, sample_noise,
                        save_grid, start, to_uint8, training_precision)
 
 
@@ -77,7 +77,7 @@ def main(argv=None):
     labels = [classes[i % len(classes)] for i in range(num)]
     options = dict(steps=args.steps, shift=shift, cfg=args.cfg, interval=args.interval, solver=args.solver)
     recipe = dict(options, shift=round(shift, 4), interval=list(args.interval), seed=args.seed, num=num,
-                  batch=args.batch, classes=args.classes or f"{columns} of {config.num_classes}",
+                  classes=args.classes or f"{columns} of {config.num_classes}",
                   dit=os.path.abspath(args.dit), step=model.extras.get("step"), guide=args.guide,
                   stats=args.stats)
     print_once("recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
@@ -119,8 +119,14 @@ def check(args):
         raise ValueError(f"--num {args.num} --batch {args.batch}: must be positive")
     if not 0 <= args.interval[0] < args.interval[1] <= 1:
         raise ValueError(f"--interval {args.interval}: need 0 <= LO < HI <= 1")
-    if not args.save and os.path.splitext(args.out)[1].lower() not in Image.registered_extensions():
+    pictures = [ext for ext, kind in Image.registered_extensions().items() if kind in Image.SAVE]
+    if not args.save and os.path.splitext(args.out)[1].lower() not in pictures:
         raise ValueError(f"--out {args.out}: give it the extension of a picture, .png say")
+    if args.save and args.trajectory:
+        raise ValueError("--save and --trajectory: give one of them")
+    extension = os.path.splitext((args.save or "").rstrip("/"))[1]
+    if extension.lower() in (*pictures, ".npz", ".npy", ".zip", ".tar") and not args.save.endswith(".npz"):
+        raise ValueError(f"--save {args.save}: FILE.npz, or the name of a folder")
     check_writable(args.save or args.out)
     if args.stats and not os.path.exists(args.stats):
         check_writable(args.stats)
@@ -175,7 +181,7 @@ def class_number(asked, path, model):
     names = model.extras.get("classes", [])
     if asked in names:
         return names.index(asked)
-    if asked.isdigit() and int(asked) < model.config.num_classes:
+    if asked.isdecimal() and int(asked) < model.config.num_classes:
         return int(asked)
     raise ValueError(f"--classes {asked}: {path} knows classes 0 to {model.config.num_classes - 1}"
                      + (f", by name {', '.join(names[:8])}, ..." if names else ""))
@@ -197,7 +203,7 @@ def save_all(args, recipe, num, labels, draw_samples):
     folder = args.save + ".parts" if npz else args.save
     check_recipe(folder, recipe)
     rank, world = rank_and_world()
-    size = math.ceil(128 / args.batch) * args.batch                 # what an interrupted run can lose
+    size = 128                                                      # what an interrupted run can lose
     chunks = [range(k, min(num, k + size)) for k in range(0, num, size)]
 
     def path_of(i):
@@ -236,7 +242,7 @@ def check_recipe(folder, recipe):
     if rank == 0:
         os.makedirs(folder, exist_ok=True)
         if os.path.exists(note):
-            with open(note) as f:
+            with naming(note, "the recipe of samples"), open(note) as f:
                 before = json.load(f)
             if before != json.loads(json.dumps(recipe)):
                 raise ValueError(f"{folder} holds samples of another recipe: {before}; "

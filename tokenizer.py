@@ -404,6 +404,7 @@ class Teacher(nn.Module):
         self.width = net.norm.normalized_shape[0]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        super().train(False)
 
     def train(self, mode=True):
         return self                                                 # stays as it is: frozen
@@ -651,10 +652,10 @@ def read_tokenizer(path, ema=True):
         state = {re.sub(r"^aux\w*decoders\.", "sem_decoders.", n): w
                  for n, w in state.items() if not re.search(computed, n)}
         # Their semantic decoders go by the teacher's name ("dinov3"), ours by place (0, 1, ...).
-        teachers = dict.fromkeys(n.split(".")[1] for n in state if n.startswith("sem_decoders."))
-        for place, teacher in enumerate(teachers):
-            old, new = f"sem_decoders.{teacher}.", f"sem_decoders.{place}."
-            state = {n.replace(old, new): w for n, w in state.items()}
+        teachers = list(dict.fromkeys(n.split(".")[1] for n in state if n.startswith("sem_decoders.")))
+        for name in [n for n in state if n.startswith("sem_decoders.")]:
+            _, teacher, rest = name.split(".", 2)
+            state[f"sem_decoders.{teachers.index(teacher)}.{rest}"] = state.pop(name)
         config = own_config(file, TokenizerConfig) or config_from_shapes(state)
         if not teachers:
             config = replace(config, semantic="none")               # stage 1b leaves none in its files
@@ -833,16 +834,17 @@ def read_checkpoint(path, ema=True):
         warnings.warn(f"{path} holds no averaged (EMA) weights: the raw ones are taken")
     found = averaged + raw if ema else raw + averaged
     state = found[0] if found else file
-    # Prefixes that DDP and torch.compile leave.
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", n): w for n, w in state.items()
-             if torch.is_tensor(w)}
+    # Prefixes that DDP, Lightning and torch.compile leave.
+    prefixes = r"^(module\.|model\.)+|_orig_mod\."
+    tensors = {n: w for n, w in state.items() if isinstance(n, str) and torch.is_tensor(w)}
+    state = {re.sub(prefixes, "", n): w for n, w in tensors.items()}
     return file, state
 
 
 def own_config(file, kind):
     """The config of a checkpoint of ours, or None: other programs store something else under that name."""
     config = file.get("config")
-    if isinstance(config, dict) and config.keys() <= {f.name for f in fields(kind)}:
+    if isinstance(config, dict) and config and config.keys() <= {f.name for f in fields(kind)}:
         return kind(**config)
     return None
 
@@ -850,10 +852,13 @@ def own_config(file, kind):
 def load_named(module, state, path):
     """load_state_dict that names what is missing, surplus or of another shape. Returns the module."""
     own = module.state_dict()
-    other_shape = [f"{n}: file {tuple(state[n].shape)}, model {tuple(own[n].shape)}"
-                   for n in own.keys() & state.keys() if state[n].shape != own[n].shape]
+    both = own.keys() & state.keys()
+    other_shape = [f"{n}: file {tuple(state[n].shape)}, model {tuple(own[n].shape)}" for n in both
+                   if state[n].shape != own[n].shape]
+    other_type = [n for n in both if state[n].is_floating_point() != own[n].is_floating_point()]
     for title, names in (("missing", own.keys() - state.keys()), ("surplus", state.keys() - own.keys()),
-                         ("of another shape", other_shape)):
+                         ("of another shape", other_shape), ("of another type of numbers", other_type),
+                         ("without data", [n for n in both if state[n].is_meta])):
         if names:
             shown = ", ".join(sorted(names)[:8])
             more = ", ..." if len(names) > 8 else ""
@@ -909,6 +914,8 @@ def to_rgb(image):
     """PIL of any mode -> RGB: 16-bit grey is scaled to 8 bits, and what is transparent lies on white."""
     if image.mode == "F":
         raise ValueError("floating-point pixels, of unknown range")
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise ValueError("32-bit pixels, of unknown range")
     if image.mode.startswith("I"):                                  # convert("RGB") would clip at 255
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
@@ -1017,8 +1024,12 @@ def list_images(root):
         image = os.path.basename(flat[0])
         raise ValueError(f"{root!r} holds images ({image}, ...) beside folders ({classes[0]}, ...): "
                          "give class folders alone, or images alone")
-    if "train" in classes and set(classes) <= {"train", "val", "test"}:
-        raise ValueError(f"{root!r} holds {', '.join(classes)}: give {os.path.join(root, 'train')!r}")
+    splits = [c for c in classes if c.lower() in ("train", "training", "val", "valid", "validation", "test")]
+    if len(splits) > 1:
+        raise ValueError(f"{root!r} holds {', '.join(splits)}: give {os.path.join(root, splits[0])!r}, say")
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path) and not is_image(entry.name):
+            raise ValueError(f"{entry.path!r} is a link to nothing: mend or remove it")
     if not classes:
         if not flat:
             raise ValueError(f"folder {root!r} holds no image that Pillow reads")
@@ -1147,7 +1158,7 @@ def run_script(main):
             dist.barrier()  # nobody leaves while others still talk
         status = 0
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     except Exception:

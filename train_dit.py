@@ -146,7 +146,7 @@ def main(argv=None):
     shift = latent_shift(shape.grid ** 2, shape.channels)
     if args.shift != "auto":
         shift = float(args.shift)
-    run.announce(model, f"{config.num_classes} classes, shift {shift:.3f}")
+    run.announce(model, f"shift {shift:.3f}")
     compile_blocks(device, args.no_compile, model, ema, tokenizer.encoder)
     net = data_parallel(model)
     precision = training_precision(device, args.float32)
@@ -209,7 +209,7 @@ def main(argv=None):
                 line = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
                 print_once(f"{line} (step {done}, EMA, {args.eval_num} samples, {args.sample_steps} "
                            f"steps, CFG {cfg}, seed {args.seed}; against {args.reference}, {features.name})")
-        if done % 10 == 0 or done == run.last or scores:
+        if done % 10 == 0 or done == run.steps or scores:
             row = run.log(done, lr_scale * args.lr, terms, scores)
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         if leave:

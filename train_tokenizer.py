@@ -356,7 +356,7 @@ def main(argv=None):
             lpips = perceptual.lpips if perceptual else None
             scores = score_tokenizer(ema, unflipped, held_out, f"{held_out_name}, step {done}", features,
                                      reference, lpips, args.seed, args.workers)
-        if done % 10 == 0 or done == run.last or scores:
+        if done % 10 == 0 or done == run.steps or scores:
             row = run.log(done, lr_scale * peak_lr, terms, scores)
             bar.set_postfix(loss=f"{row['loss']:.4f}", pixel=f"{row['pixel']:.4f}", refresh=False)
         if leave:
@@ -642,7 +642,7 @@ class ConvNeXt(nn.Module):
             else:
                 stem = nn.Sequential(LayerNorm2d(before, eps=1e-6), nn.Conv2d(before, width, 2, stride=2))
             layers.append(stem)
-            layers.append(nn.Sequential(*(ConvNeXtBlock(width) for _ in range(depth))))
+            layers.append(nn.Sequential(*(ConvNeXtLayer(width) for _ in range(depth))))
             before = width
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(LayerNorm2d(768, eps=1e-6), nn.Flatten(), nn.Linear(768, 1000))
@@ -652,7 +652,7 @@ class ConvNeXt(nn.Module):
         return self.classifier(x.mean((2, 3), keepdim=True))
 
 
-class ConvNeXtBlock(nn.Module):
+class ConvNeXtLayer(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.layer_scale = nn.Parameter(torch.ones(width, 1, 1))
@@ -748,6 +748,8 @@ def check_run_flags(args):
         value = getattr(args, name)
         if value not in (None, "auto") and not float(value) > 0:
             raise ValueError(f"--{name} {value}: must be positive")
+    if args.seed < 0 or args.workers < 0:
+        raise ValueError(f"--seed {args.seed} --workers {args.workers}: must not be negative")
     if not 0 <= args.ema < 1:
         raise ValueError(f"--ema {args.ema}: need 0 <= ema < 1")
 
@@ -846,7 +848,8 @@ class Run:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         device = next(model.parameters()).device.type
         print_once(f"torch {torch.__version__}, {world} x {device}, {parameters:.1f} M parameters, "
-                   f"{len(self.data)} images, steps {self.first} to {self.last} of {self.steps}, {more}")
+                   f"{len(self.data)} images of {len(self.data.classes)} classes, "
+                   f"steps {self.first} to {self.last} of {self.steps}, {more}")
         print_once(f"log: {self.args.out}/log.csv (assets/costs.md: from images_per_s to the share of a "
                    "GPU's matrix rate)")
         config = {"args": vars(self.args), "model": asdict(model.config), "classes": list(self.data.classes),
@@ -937,12 +940,14 @@ def resume(args, data):
     """The checkpoint in --out, or None; refuses another configuration's folder; the log loses later rows."""
     path = os.path.join(args.out, "last.pt")
     rank, world = rank_and_world()
-    file = read_weights(path) if os.path.exists(path) else None
+    file = read_weights(path) if os.path.lexists(path) else None
     if file:
         if not {"step", "args", "optimizer"} <= file.keys():
             raise ValueError(f"{path} holds weights alone, nothing to go on from: use them with --init")
+        if "classes" not in file:                                   # its optimizer has another order
+            raise ValueError(f"{path} is of an earlier version: start from its weights with --init")
         before = {k: v for k, v in file["args"].items() if k in vars(args)}
-        before |= {k: file[k] for k in ("images", "classes") if k in file}
+        before |= {"images": file["images"], "classes": file["classes"]}
         now = vars(args) | {"images": len(data), "classes": list(data.classes)}
         changed = [k for k in before if same_spelling(before[k]) != same_spelling(now[k])]
         wrong = [f"{k}: was {before[k]}, now {now[k]}"[:200] for k in changed if k not in MAY_DIFFER]
@@ -996,8 +1001,10 @@ def log_row(out, row):
 def trim_log(out, step):
     """Drops the rows after `step`, and half a row that a kill may have left."""
     rows = read_log(out)
+    if rows and "step" not in rows[0]:
+        raise ValueError(f"{os.path.join(out, 'log.csv')} is the log of another program: move it away")
     if rows:
-        whole = [r for r in rows if None not in r.values()]
+        whole = [r for r in rows if None not in r.values() and r["step"].isdecimal()]
         write_log(out, list(rows[0]), [r for r in whole if int(r["step"]) <= step])
 
 
