@@ -40,11 +40,12 @@ from tokenizer import (DINO, SIGNALS, SIZES, ImageFolder, RecTok, Shapes, Tokeni
 
 # ---------------------------------------------------------------- the method; the rest serves it
 # RecTok trains an image tokenizer on the path that a diffusion transformer (the DiT of stage 2) will
-# walk through its latents z, from noise to data:
+# walk through its latents z, from noise to data.
+# B images, N patches (256 at 256 px), K of them visible, C latent channels (128), D teacher width (1024).
 #
 #   the flow    z_t = t z + (1 - t) gamma noise    t = 1 is z, the data; t = 0 is noise  (tokenizer.flow)
 #   law of t    t = 1 - s u / (1 + (s - 1) u)      u ~ U(0, 1)                    (tokenizer.sample_time)
-#               s = max(1, sqrt(N C / 4096))       2.83 here: half of all t < 0.26, the noisy end
+#               s = max(1, sqrt(N C / 4096))       sqrt(256 * 128 / 4096) = 2.83: half of all t < 0.26
 #
 # FSD, flow semantic distillation: a light semantic decoder reads z_t instead of z, and predicts the
 #   features that a frozen vision foundation model (VFM, the teacher: DINOv3) has of the clean, whole image.
@@ -57,10 +58,9 @@ from tokenizer import (DINO, SIGNALS, SIZES, ImageFolder, RecTok, Shapes, Tokeni
 #   --schedule shift --mask_min -0.1 --mask_max 0.4. Ablations: --distill latent (on clean z) or none,
 #   --decode clean, --target hidden, --semantic_loss l1 or l2, --schedule uniform or lognormal, --gamma 0
 #   (no flow: z_t = z), --mask_min 0 --mask_max 0 (no masks), --teacher dinov3_vitl16,dinov2_vitl14 (two).
-# B images, N patches (256 at 256 px), K of them visible, C latent channels (128), D teacher width (1024).
 
 class Objective(nn.Module):
-    """What the tokenizer is trained to minimise. A module, because DDP wraps the call of one."""
+    """What the tokenizer is trained to minimise. It is a module so that DDP can wrap it."""
 
     def __init__(self, tokenizer, args, shift):
         super().__init__()
@@ -71,16 +71,16 @@ class Objective(nn.Module):
     def forward(self, images, teachers, perceptual=None, discriminator=None):
         """images (B, 3, H, W) in [-1, 1] -> {name: loss}, and the real and the decoded images in [0, 1].
 
-        perceptual: None where its weight is 0. discriminator: None while the GAN is off, that is for the
-        first half of training (--gan_start).
+        teachers: [] with --distill none. perceptual: None where its weight is 0. discriminator: None while
+        the GAN is off, that is for the first half of training (--gan_start 0.5).
         """
         args, config, device = self.args, self.tokenizer.config, images.device
         B, N, C = len(images), config.grid ** 2, config.channels
 
-        # The draws. The generator was seeded from (seed, step, rank, micro-step).
+        # The draws. main has seeded the generators from (seed, step, rank, micro-step).
         hidden_share = args.mask_min + (args.mask_max - args.mask_min) * torch.rand(()).item()
-        hidden_share = max(0.0, hidden_share)               # one for this micro-batch; often 0
-        visible = random_keep(B, N, hidden_share, device=device)    # (B, K) indices, another set each image
+        hidden_share = max(0.0, hidden_share)               # one for this micro-batch; 0 in 1 of 5
+        visible = random_keep(B, N, hidden_share, device=device)    # (B, K) indices, other ones each image
         K = visible.shape[1]
         t = sample_time(B, self.shift, schedule=args.schedule, device=device)    # (B,): one an image
         eps = torch.randn(B, K, C, device=device)           # for the posterior: one a token and channel
@@ -95,13 +95,13 @@ class Objective(nn.Module):
         z = mean + (0.5 * logvar).exp() * eps                         # a sample of the posterior
         z_t = flow(z, args.gamma * noise, t) if args.gamma > 0 else z
         semantic_input = z_t if args.distill == "flow" else z         # FSD
-        features = self.tokenizer.predict_all(semantic_input, visible)     # all N patches, for each teacher
+        features = self.tokenizer.predict_all(semantic_input, visible)     # of all N patches, per teacher
         pixel_input = z_t if args.decode == "noisy" else z
         decoded = self.tokenizer.decode(pixel_input, visible)         # the whole image, (B, 3, H, W)
         real = images * 0.5 + 0.5                                     # [0, 1]
         fake = decoded.float() * 0.5 + 0.5                            # [0, 1], but for overshoot
 
-        # The losses. A name here is a column of log.csv, and --w_NAME is its weight.
+        # The losses. A new one is a line here and a flag --w_NAME, its weight; log.csv follows.
         losses = {}
         losses["pixel"] = F.mse_loss(fake, real)                      # --w_pixel 1
         losses["kl"] = kl_loss(mean, logvar).mean()                   # --w_kl 1e-6: a sum over K and C
@@ -122,7 +122,7 @@ def train_micro_batch(objective, discriminator, teachers, perceptual, images, we
                       precision):
     """Adds the gradients of one micro-batch, `portion` of the step's batch; -> {name: number} to log."""
     discriminator.requires_grad_(False)         # the GAN term teaches pixel decoder and encoder alone
-    with precision:                             # on CUDA: autocast to bf16; losses are summed in float32
+    with precision:                             # on CUDA autocast to bf16, but reductions in float32
         losses, real, fake = objective(images, teachers, perceptual, discriminator if gan_on else None)
     total = sum(weights[name] * loss for name, loss in losses.items())
     (total * portion).backward()
