@@ -45,7 +45,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("non-finite statistics")
     L, failed = torch.linalg.cholesky_ex(sigma1)
-    if failed:
+    if failed:                                                      # singular
         values, vectors = torch.linalg.eigh(sigma1)
         L = vectors * values.clamp(min=0).sqrt()
     root = torch.linalg.eigvalsh(L.T @ sigma2 @ L).clamp(min=0).sqrt().sum()
@@ -54,12 +54,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def inception_score(logits, splits=10, seed=2020):
     """exp of the mean KL(p(y|x) || p(y)) in `splits` parts of the shuffled logits (N, 1008) -> mean, std."""
-    order = np.random.RandomState(seed).permutation(len(logits))
+    order = np.random.RandomState(seed).permutation(len(logits))    # torch-fidelity's shuffle
     log_p = logits.double()[order].log_softmax(1)
     scores = []
     for i in range(splits):
         part = log_p[i * len(log_p) // splits:(i + 1) * len(log_p) // splits]
-        marginal = part.exp().mean(0).log()
+        marginal = part.exp().mean(0).log()                         # log p(y) of this part
         kl = (part.exp() * (part - marginal)).sum(1)
         scores.append(kl.mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
@@ -76,7 +76,7 @@ def precision_recall(real, fake, k=3, block=2000):
         return torch.cat([(torch.cdist(part, centres) <= radius).any(1) for part in x.split(block)])
 
     real, fake = real.float(), fake.float()
-    with exact_float32():
+    with exact_float32():                                           # a distance decides which ball is hit
         precision = inside(fake, real, radii(real))
         recall = inside(real, fake, radii(fake))
     return precision.float().mean().item(), recall.float().mean().item()
@@ -109,6 +109,7 @@ class Moments:
             warnings.warn(f"{n} images for {width} features: the covariance is singular and the Frechet "
                           "distance biased upwards; use more images")
         mu = self.sum / self.n
+        # Unbiased, as np.cov.
         sigma = (self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)
         return {"mu": mu.cpu().numpy(), "sigma": sigma.cpu().numpy(), "n": n}
 
@@ -171,8 +172,8 @@ def evaluate(model, data, features=None, reference=None, lpips=None, workers=0):
         moments = [Moments(features.width, device) for _ in range(3)]
     logits = []
     for images, _ in local_batches(data, workers=workers):
-        images = images.to(device)
-        real = to_float(images) * 0.5 + 0.5
+        images = images.to(device)                                  # uint8 (B, 3, H, W)
+        real = to_float(images) * 0.5 + 0.5                         # [0, 1]
         mean, _ = model.encode(to_float(images))
         fake = (model.decode(mean).float() * 0.5 + 0.5).clamp(0, 1)
         count += len(images)
@@ -181,6 +182,7 @@ def evaluate(model, data, features=None, reference=None, lpips=None, workers=0):
         if lpips is not None:
             sums["lpips"] += lpips(real * 2 - 1, fake * 2 - 1).double().sum()
         if features:
+            # What a file of the image would hold.
             rounded = to_uint8(fake * 2 - 1)
             moments[0].add(features(images)[0])
             found, last = features(rounded)
@@ -220,6 +222,7 @@ def ssim(a, b):
     def blur(x):
         return F.conv2d(x, window, groups=3)
 
+    # Local means, variances and covariance; C1 = 0.01^2, C2 = 0.03^2.
     mu_a, mu_b = blur(a), blur(b)
     var_a = blur(a * a) - mu_a ** 2
     var_b = blur(b * b) - mu_b ** 2
@@ -274,7 +277,7 @@ def linear_probe(model, train, held_out, seed, workers=0, max_images=100_000):
             xx[name] = xx.get(name, 0) + x.T @ x
             xy[name] = xy.get(name, 0) + x.T @ one_hot
     add_up(*xx.values(), *xy.values())
-    solution = {}
+    solution = {}                                                   # (D + 1, classes) by name
     for name in xx:
         ridge = 1e-3 * xx[name].diagonal() + 1e-9                   # relative to each feature's scale
         solution[name] = torch.linalg.solve(xx[name] + ridge.diag(), xy[name])
@@ -292,7 +295,7 @@ def probe_inputs(model, images, places, seed):
     noise = sample_noise(seed, places, *z.shape[1:]).to(z.device)
     found = {}
     for t in PROBE_TIMES:
-        z_t = flow(z, noise, torch.full((len(z),), t, device=z.device))
+        z_t = flow(z, noise, torch.full((len(z),), t, device=z.device))     # (B, N, C)
         read = {"z": z_t}
         if model.config.semantic != "none":
             read["semantic"] = model.predict_all(z_t)[0]
@@ -324,7 +327,8 @@ class Features:
         if self.inception:
             return self.net(images)
         with exact_float32():
-            return self.net.features(to_float(images))[0], None
+            cls, _ = self.net.features(to_float(images))            # FD on the class token
+            return cls, None
 
 
 def extract(features, batches, total, keep=False):
@@ -370,7 +374,7 @@ def in_order(parts, n):
     if not some:
         return None
     out = torch.empty(n, some[0].shape[1])
-    for rank, part in enumerate(everyone):
+    for rank, part in enumerate(everyone):                          # it had images rank, rank + world, ...
         if part is not None:
             out[rank::world] = part
     return out
@@ -423,16 +427,16 @@ class InceptionV3(nn.Module):
         x = (tf1_resize(images.float()) - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
         x = chain(self.stem, ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"], x)
-        x = F.max_pool2d(x, 3, 2)
+        x = F.max_pool2d(x, 3, 2)                                   # (B, 64, 73, 73)
         found = [x.mean((2, 3))]
         x = chain(self.stem, ["Conv2d_3b_1x1", "Conv2d_4a_3x3"], x)
-        x = F.max_pool2d(x, 3, 2)
+        x = F.max_pool2d(x, 3, 2)                                   # (B, 192, 35, 35)
         found.append(x.mean((2, 3)))
         for name, block in self.mixed.items():
             if name == "7a":
-                found.append(x.mean((2, 3)))
+                found.append(x.mean((2, 3)))                        # of (B, 768, 17, 17)
             x = torch.cat(branches(block, x) + [pooled(name, block, x)], dim=1)
-        found.append(x.mean((2, 3)))
+        found.append(x.mean((2, 3)))                                # of (B, 2048, 8, 8)
         return found
 
 
@@ -557,7 +561,7 @@ def tf1_resize(x, size=299):
     """
     def matrix(n):
         place = torch.arange(size, dtype=torch.float32) * torch.tensor(n / size, dtype=torch.float32)
-        low = place.long().clamp(max=n - 1)
+        low = place.long().clamp(max=n - 1)                         # the neighbours, and how far from each
         high = (low + 1).clamp(max=n - 1)
         rows = torch.arange(size)
         m = torch.zeros(size, n)
@@ -575,7 +579,7 @@ class Arrays:
 
     def __init__(self, path):
         self.root = path
-        self.images = None
+        self.images = None                                          # mapped at first use, in each process
         images = stored_array(path, "arr_0")
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 3), not {images.dtype} {images.shape}")
@@ -594,7 +598,7 @@ def stored_array(path, name):
     """An array of an npz, mapped from disk where it is not compressed: 50,000 images are 10 GB a process."""
     with zipfile.ZipFile(path) as file:
         info = file.getinfo(name + ".npy")
-        if info.compress_type != zipfile.ZIP_STORED:
+        if info.compress_type != zipfile.ZIP_STORED:                # np.savez_compressed
             return np.load(path, allow_pickle=False)[name]
         with file.open(info) as f:
             version = np.lib.format.read_magic(f)
@@ -712,6 +716,7 @@ def compare(features, samples, reference, batch=64, workers=0):
         scores["precision"], scores["recall"] = precision_recall(real, fake)
     elif both:
         print_once("precision and recall: they need 4 images on both sides")
+    # Another size is another task, but the user may mean it.
     sizes = samples["image_size"], reference["image_size"]
     if all(sizes) and sizes[0] != sizes[1]:
         warnings.warn(f"images of {sizes[0]} px against {sizes[1]} px")

@@ -55,16 +55,18 @@ def main(argv=None):
     args = parse(argv)
     check(args)
     device, rank, _ = start()
+    # What they are drawn with
     model, guide, tokenizer = open_networks(args, device)
     stats = open_statistics(args, model, tokenizer, device)
     config = model.config
-    shift = latent_shift(config.grid ** 2, config.channels)
+    shift = latent_shift(config.grid ** 2, config.channels)         # or what the DiT was trained with
     trained = model.extras.get("args", {}).get("shift", "auto")
     if trained != "auto":
         shift = float(trained)
 
     # Which samples
     columns = config.num_classes if args.save else min(8, config.num_classes)
+    # Spread over all classes.
     classes = [k * config.num_classes // columns for k in range(columns)]
     if args.classes:
         classes = [class_number(name, args.dit, model) for name in args.classes]
@@ -84,6 +86,7 @@ def main(argv=None):
     precision = training_precision(device)
 
     def draw_samples(indices):
+        """-> uint8 (len(indices), 3, H, W), --batch at a time."""
         images = []
         for first in range(0, len(indices), args.batch):
             part = list(indices[first:first + args.batch])
@@ -101,7 +104,7 @@ def main(argv=None):
         with precision:
             y = torch.tensor(labels, device=device)
             path = list(sample_path(model, noise, y, guide=guide, **options))
-        if len(path) > 8:
+        if len(path) > 8:                                           # eight moments, with the first and last
             path = [path[i * (len(path) - 1) // 7] for i in range(8)]
         strip = torch.stack([to_uint8(decode_normalised(tokenizer, stats, z)) for _, z in path], dim=1)
         save_grid(args.out, strip.flatten(0, 1), len(path))
@@ -210,6 +213,7 @@ def save_all(args, recipe, num, labels, draw_samples):
         return os.path.join(folder, f"{i:06d}.{'npy' if npz else 'png'}")
 
     for chunk in progress(chunks[rank::world], desc="sample"):
+        # One file a chunk of an npz, one an image otherwise.
         paths = [path_of(i) for i in (chunk[:1] if npz else chunk)]
         if all(os.path.exists(path) for path in paths):
             continue
@@ -223,8 +227,9 @@ def save_all(args, recipe, num, labels, draw_samples):
     if world > 1:
         dist.barrier()
     if npz and rank == 0:
+        # ADM's layout, written chunk by chunk: 50,000 images are 10 GB.
         shape = (num, *np.load(path_of(0)).shape[1:])
-        with atomic(args.save) as out, zipfile.ZipFile(out, "w") as file:  # streamed: 50,000 images are 10 GB
+        with atomic(args.save) as out, zipfile.ZipFile(out, "w") as file:
             with file.open("arr_0.npy", "w", force_zip64=True) as f:
                 header = dict(descr="|u1", fortran_order=False, shape=shape)
                 np.lib.format.write_array_header_1_0(f, header)
@@ -247,7 +252,7 @@ def check_recipe(folder, recipe):
             if before != json.loads(json.dumps(recipe)):
                 raise ValueError(f"{folder} holds samples of another recipe: {before}; "
                                  "remove it or choose another --save")
-        elif os.listdir(folder):
+        elif os.listdir(folder):                                    # ours hold a recipe from the start
             raise ValueError(f"{folder} holds files of another program: choose another --save")
         with atomic(note) as f:
             f.write(json.dumps(recipe).encode())
