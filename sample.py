@@ -195,8 +195,9 @@ def weights_hash(*nets):
     digest = hashlib.sha256()
     for net in nets:
         if net is not None:
-            for w in net.state_dict().values():                     # sums of bits: exact on any device
-                digest.update(str(w.contiguous().view(torch.int32).sum(dtype=torch.int64).item()).encode())
+            for w in net.state_dict().values():
+                bits = w.contiguous().view(torch.int32)             # their sum is exact on any device
+                digest.update(str(bits.sum(dtype=torch.int64).item()).encode())
     return digest.hexdigest()[:12]
 
 

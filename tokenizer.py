@@ -345,7 +345,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))        # (B, N, 3, heads, d)
         qk, v = qkv.split((2, 1), dim=2)
         if self.qk_norm:
-            qk = torch.stack((self.q_norm(qk[:, :, 0]), self.k_norm(qk[:, :, 1])), dim=2)
+            q, k = self.q_norm(qk[:, :, 0]), self.k_norm(qk[:, :, 1])
+            qk = torch.stack((q, k), dim=2)
         if rope is not None:
             qk = rotate(qk, rope)                                   # q and k in one go
         q = qk[:, :, 0].transpose(1, 2)                             # (B, heads, N, d)
@@ -995,28 +996,6 @@ def list_images(root):
     """-> paths, labels, class names of a data folder, by the rule of ImageFolder."""
     if not os.path.isdir(root):
         raise FileNotFoundError(f"folder {root!r} does not exist: give root/class/*.jpg or a flat folder")
-    readable = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-    def is_image(name):
-        return not name.startswith(".") and os.path.splitext(name)[1].lower() in readable
-
-    def is_data(folder):
-        return not folder.startswith((".", "__", "@"))
-
-    def fail(error):
-        raise ValueError(f"cannot read folder {error.filename!r}: {error.strerror}")
-
-    seen = {os.path.realpath(root)}
-
-    def walk(top):
-        for folder, folders, files in os.walk(top, onerror=fail, followlinks=True):
-            if os.path.realpath(folder) in seen:
-                folders.clear()                                     # links lead in circles
-                continue
-            seen.add(os.path.realpath(folder))
-            folders[:] = filter(is_data, folders)
-            yield from (os.path.join(folder, name) for name in files if is_image(name))
-
     entries = sorted(os.scandir(root), key=lambda entry: entry.name)
     classes = [e.name for e in entries if e.is_dir() and is_data(e.name)]
     flat = [e.path for e in entries if not e.is_dir() and is_image(e.name)]
@@ -1035,14 +1014,40 @@ def list_images(root):
             raise ValueError(f"folder {root!r} holds no image that Pillow reads")
         return flat, np.zeros(len(flat), int), ["0"]
     paths, labels = [], []
+    seen = {os.path.realpath(root)}
     for label, name in enumerate(classes):
-        found = sorted(walk(os.path.join(root, name)))
+        found = sorted(images_below(os.path.join(root, name), seen))
         if not found:
             raise ValueError(f"class folder {os.path.join(root, name)!r} holds no image of its own: "
                              "fill or remove it (later labels depend on it)")
         paths += found
         labels += [label] * len(found)
     return paths, np.array(labels), classes
+
+
+def images_below(top, seen):
+    """Yields the paths of images in a folder and its sub-folders; `seen`: the folders seen before."""
+    def fail(error):
+        raise ValueError(f"cannot read folder {error.filename!r}: {error.strerror}")
+
+    for folder, folders, files in os.walk(top, onerror=fail, followlinks=True):
+        if os.path.realpath(folder) in seen:                        # links can lead in circles
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = filter(is_data, folders)
+        for name in files:
+            if is_image(name):
+                yield os.path.join(folder, name)
+
+
+def is_data(folder):
+    return not folder.startswith((".", "__", "@"))
+
+
+def is_image(name):
+    kind = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
+    return not name.startswith(".") and kind in Image.OPEN
 
 
 class Shapes:

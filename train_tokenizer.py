@@ -306,7 +306,7 @@ def main(argv=None):
     if perceptual is not None:
         compile_blocks(device, args.no_compile, perceptual.lpips, perceptual.convnext)
     precision = training_precision(device, args.float32)
-    shown = torch.stack([held_out[i][0] for i in range(min(8, len(held_out)))]).to(device)
+    shown = first_images(held_out).to(device)
     stop = StopConditions(args.out)
     bar = progress(total=run.last, initial=run.first, desc="stage 1")
 
@@ -478,9 +478,13 @@ def evaluate_only(args, config, unflipped, held_out, held_out_name, device):
     if rank == 0:
         os.makedirs(args.out, exist_ok=True)
         path = os.path.join(args.out, "eval.png")
-        shown = torch.stack([held_out[i][0] for i in range(min(8, len(held_out)))]).to(device)
-        picture(path, model, shown, args.seed)
+        picture(path, model, first_images(held_out).to(device), args.seed)
         print_once(f"wrote {path}: originals above reconstructions")
+
+
+def first_images(data):
+    """uint8 (up to 8, 3, H, W)."""
+    return torch.stack([data[i][0] for i in range(min(8, len(data)))])
 
 
 @torch.no_grad()
@@ -822,7 +826,7 @@ class Run:
         self.args = args
         self.data = data
         self.steps = args.steps or math.ceil(args.epochs * len(data) / args.batch)  # of the schedule
-        self.last = min(self.steps, args.stop_at or self.steps)                         # of this run
+        self.last = min(self.steps, args.stop_at or self.steps)  # of this run
         os.makedirs(args.out, exist_ok=True)
         self.lock = lock_folder(args.out)
         self.checkpoint = resume(args, data)
@@ -840,7 +844,7 @@ class Run:
                         load_named(part, self.checkpoint[name], path)
                     else:
                         part.load_state_dict(self.checkpoint[name])
-            self.checkpoint = None                                        # frees its memory
+            self.checkpoint = None                                  # frees its memory
 
     def announce(self, model, more):
         """What is about to run, and where its numbers go; also config.json."""
