@@ -1093,6 +1093,9 @@ def test_init_for_another_teacher(toys):
     for name, w in model.state_dict().items():
         assert name.startswith("sem_decoders.") or torch.equal(w, state[name]), name
     assert model.predict(noise("z", 1, 16, 16)).shape == (1, 16, 20)
+    with pytest.warns(UserWarning):                  # and at another size
+        larger = T.load_tokenizer(toys.tokenizer, replace(other, image_size=64), init=True)
+    assert larger.predict(noise("z", 1, 64, 16)).shape == (1, 64, 20)
     refuses("sem_decoders.0.out", T.load_tokenizer, toys.tokenizer, other)      # without init: a silent loss
     refuses("patch_embed", T.load_tokenizer, toys.tokenizer, replace(own, patch_size=16, image_size=64), init=True)
 

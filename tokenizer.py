@@ -693,6 +693,11 @@ def load_tokenizer(path, config=None, ema=True, init=False):
     config = replace(config or own)
     if not init and own.semantic == "none":
         config.semantic = "none"
+    if own.grid != config.grid:
+        for name in [n for n in state if n.endswith("positional_embedding")]:
+            table = state[name].unflatten(1, (own.grid, own.grid)).permute(0, 3, 1, 2)
+            table = F.interpolate(table, size=(config.grid, config.grid), mode="bicubic")
+            state[name] = table.flatten(2).transpose(1, 2)
     model = RecTok(config)
     fits = (own.semantic, own.teacher_dim) == (config.semantic, config.teacher_dim)
     if config.semantic == "none" or (init and not fits):
@@ -701,11 +706,6 @@ def load_tokenizer(path, config=None, ema=True, init=False):
         if config.semantic != "none":
             warnings.warn(f"{path}: fresh semantic decoders ({config.semantic}, for teachers of width "
                           f"{config.teacher_dim}); the file's are {own.semantic}, {own.teacher_dim}")
-    if own.grid != config.grid:
-        for name in [n for n in state if n.endswith("positional_embedding")]:
-            table = state[name].unflatten(1, (own.grid, own.grid)).permute(0, 3, 1, 2)
-            table = F.interpolate(table, size=(config.grid, config.grid), mode="bicubic")
-            state[name] = table.flatten(2).transpose(1, 2)
     return load_named(model, state, path).eval()
 
 
