@@ -355,10 +355,11 @@ def extract_data(features, data, batch=64, workers=0, keep=False):
         if "equal size" in str(error):
             raise ValueError(f"{data.root} holds images of different sizes: give --image_size") from error
         raise
-    bad = torch.tensor(float(getattr(data, "bad", 0)), device=features.device)
-    add_up(bad)
-    if bad:                                                         # a replaced image would count twice
-        raise ValueError(f"{int(bad)} unreadable images in {data.root}, named above: remove them")
+    if hasattr(data, "bad"):                                        # a replaced image would count twice
+        bad = data.bad.double().to(features.device)
+        add_up(bad)
+        if bad:
+            raise ValueError(f"{int(bad)} unreadable images in {data.root}, named above: remove them")
     return found
 
 
