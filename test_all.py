@@ -33,7 +33,6 @@ import pytest
 import scipy.linalg
 import torch
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dit as D
 import fid as M
@@ -43,8 +42,9 @@ import train_dit as S2
 import train_tokenizer as S1
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-torch.set_num_threads(1)                           # toys gain nothing from more, and suffer on busy cores
+torch.set_num_threads(1)                             # toys gain nothing from more, and suffer on busy cores
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")     # those that are promised are caught below
 HANDLERS = {number: signal.getsignal(number) for number in T.SIGNALS}
 
 
@@ -53,7 +53,7 @@ def own_folder(tmp_path, monkeypatch):
     """Each test works in an empty folder of its own, to which its paths are relative."""
     monkeypatch.chdir(tmp_path)
     yield
-    for number, handler in HANDLERS.items():         # a trainer leaves its own: Ctrl-C would not end the tests
+    for number, handler in HANDLERS.items():         # a trainer leaves its own: Ctrl-C would not end us
         signal.signal(number, handler)
 
 
@@ -77,12 +77,12 @@ class Toys:
 
     def stage1(self, out, *flags):
         """The flags of a run of 4 steps, the last 3 with GAN. Later flags win."""
-        return ["--tiny", "--data", self.pictures, "--teacher", self.teacher, "--features", "none", "--batch", "8",
-                "--steps", "4", "--gan_start", "0.25", "--out", str(out), *map(str, flags)]
+        return ["--tiny", "--data", self.pictures, "--teacher", self.teacher, "--features", "none", "--batch",
+                "8", "--steps", "4", "--gan_start", "0.25", "--out", out, *map(str, flags)]
 
     def stage2(self, out, *flags):
-        return ["--tiny", "--data", self.pictures, "--tokenizer", self.tokenizer, "--features", "none", "--batch",
-                "8", "--steps", "4", "--sample_steps", "1", "--out", str(out), *map(str, flags)]
+        return ["--tiny", "--data", self.pictures, "--tokenizer", self.tokenizer, "--features", "none",
+                "--batch", "8", "--steps", "4", "--sample_steps", "1", "--out", out, *map(str, flags)]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def toys(tmp_path_factory):
                 "head": torch.nn.Linear(96, 8).state_dict()}, toys.teacher)
     S1.main(toys.stage1(f"{toys.folder}/tok", "--ema", 0.5))
     S2.main(toys.stage2(f"{toys.folder}/dit"))
-    file = load(toys.dit)                            # so young a DiT still predicts zero: these weights do not
+    file = load(toys.dit)                            # so young a DiT still predicts zero; this one will not
     file["model_ema"] = {n: w + 0.1 * noise(n, *w.shape) for n, w in file["model_ema"].items()}
     torch.save(file, toys.dit)
     return toys
@@ -155,7 +155,7 @@ def start(target, *flags, world=0):
     """A script, or a function of this file, in `world` processes under torchrun (0: in one without it)."""
     command = [sys.executable, os.path.join(HERE, target)]
     if not target.endswith(".py"):
-        code = f"import sys, test_all, tokenizer; tokenizer.run_script(lambda: test_all.{target}(*sys.argv[1:]))"
+        code = f"import sys, test_all as t; t.T.run_script(lambda: t.{target}(*sys.argv[1:]))"
         command = [sys.executable, "-c", code]
     if world:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -171,7 +171,8 @@ def run(target, *flags, world=0, timeout=180):
     try:
         output, errors = process.communicate(timeout=timeout)
     finally:
-        process.kill()
+        process.terminate()                          # torchrun takes its processes along, after 30 s by force
+        process.wait(60)
     return process.returncode, output, errors
 
 
@@ -313,14 +314,18 @@ def dino_state(net):
     return state
 
 
+HF_NAMES = {
+    "cls_token": "embeddings.cls_token", "storage_tokens": "embeddings.register_tokens",
+    "patch_embed.proj": "embeddings.patch_embeddings", "blocks.": "layer.", "attn.proj": "attention.o_proj",
+    "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj", "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1"}
+
+
 def hf_state(state):
     """A DINOv3 state dict under the published names -> the same network under those of transformers."""
     out = {}
     for name, w in state.items():
-        for old, new in (("cls_token", "embeddings.cls_token"), ("storage_tokens", "embeddings.register_tokens"),
-                         ("patch_embed.proj", "embeddings.patch_embeddings"), ("blocks.", "layer."),
-                         ("attn.proj", "attention.o_proj"), ("mlp.fc1", "mlp.up_proj"), ("mlp.fc2", "mlp.down_proj"),
-                         ("ls1.gamma", "layer_scale1.lambda1"), ("ls2.gamma", "layer_scale2.lambda1")):
+        for old, new in HF_NAMES.items():
             name = name.replace(old, new)
         if "attn.qkv" not in name:
             out[name] = w
@@ -353,7 +358,7 @@ def test_teachers_golden():
     close(patches, GOLDEN["dinov2"])
     close(cls, GOLDEN["dinov2_cls"])
     # timm's layout has no bias of queries, keys and values.
-    timm = {timm_name(n): named(timm_name(n), *w.shape) for n, w in state.items() if not n.endswith("qkv.bias")}
+    timm = {timm_name(n): named(timm_name(n), *w.shape) for n, w in state.items() if "qkv.bias" not in n}
     x = torch.from_numpy(np.random.RandomState(31).standard_normal((2, 3, 64, 64)).astype(np.float32))
     cls, patches = dinov3().load_published(timm)(x)
     close(patches, GOLDEN["timm"])
@@ -412,8 +417,8 @@ def test_schedules_golden():
     stage1 = {0: 0, 0.5: 4e-6, 10: 8e-5, 49.5: 3.96e-4, 50: 4e-4, 99.25: 3.02708250e-4, 150: 1e-4,
               199.9: 4.38648924e-10}                                # epoch of 200: learning rate
     assert np.allclose([S1.lr_at(epoch / 200, 4e-4) for epoch in stage1], list(stage1.values()), rtol=1e-6)
-    stage2 = {0: 2e-4, 39.9: 2e-4, 40: 2e-4, 100.5: 1.8567105e-4, 400: 1.1473684e-4, 799: 2.0236842e-5, 800: 2e-5,
-              900: 2e-5}                                            # of 800
+    stage2 = {0: 2e-4, 39.9: 2e-4, 40: 2e-4, 100.5: 1.8567105e-4, 400: 1.1473684e-4, 799: 2.0236842e-5,
+              800: 2e-5, 900: 2e-5}                                 # of 800
     assert np.allclose([S2.lr_at(epoch / 800, 2e-4) for epoch in stage2], list(stage2.values()), rtol=1e-6)
 
 
@@ -489,7 +494,7 @@ def test_config_sizes():
         xl = D.DiT(D.DiTConfig(**D.PRESETS["XL"]))
     count = sum(p.numel() for n, p in paper.named_parameters() if not n.startswith("sem_"))
     assert abs(count / 1e6 - 172) < 1
-    count = sum(p.numel() for p in xl.parameters()) + xl.positions.numel()      # published with the fixed table
+    count = sum(p.numel() for p in xl.parameters()) + xl.positions.numel()      # the table is published too
     assert abs(count / 1e6 - 835.3) < 0.05
     assert not any("rope" in n or "positions" in n for n in xl.state_dict())    # tables are not saved
     several = small(teacher_dim=(12, 20)).predict(noise("z", 2, 16, 8))
@@ -651,7 +656,7 @@ def test_frechet_closed_forms():
     assert M.frechet_distance(mu, np.diag(a), mu, np.diag(b)) == pytest.approx(distance)
     x, y = rng.randn(5, 5), rng.randn(5, 5)
     s, t = x @ x.T, y @ y.T
-    root = scipy.linalg.sqrtm(s @ t).real                           # as the first implementations of FID had it
+    root = scipy.linalg.sqrtm(s @ t).real                           # as in the first implementations of FID
     assert M.frechet_distance(mu, s, mu, t) == pytest.approx(np.trace(s + t - 2 * root))
     assert abs(M.frechet_distance(mu, s, mu, s)) < 1e-6
     assert M.frechet_distance(mu, s, 2 * mu, t) == pytest.approx(M.frechet_distance(2 * mu, t, mu, s))
@@ -765,20 +770,21 @@ def test_checkpointing_changes_nothing():
 
 
 def test_batches_are_the_same_for_any_number_of_processes():
-    def steps(world, micro_batch):
-        parts = [list(S1.batch_indices(10, 8, micro_batch, 0, 0, 5, rank, world)) for rank in range(world)]
-        passes = 8 // (micro_batch * world)
-        return [sorted(key for part in parts for batch in part[step * passes:(step + 1) * passes] for key in batch)
-                for step in range(5)]
+    def batches(world, micro_batch):
+        """The global batch of each of 5 steps, sorted."""
+        ranks = [[key for part in S1.batch_indices(10, 8, micro_batch, 0, 0, 5, rank, world) for key in part]
+                 for rank in range(world)]
+        each = 8 // world
+        return [sorted(sum((keys[step * each:][:each] for keys in ranks), [])) for step in range(5)]
 
-    one = steps(1, 8)
-    assert one == steps(2, 4) == steps(2, 2) == steps(4, 1)
+    one = batches(1, 8)
+    assert one == batches(2, 4) == batches(2, 2) == batches(4, 1)
     stream = sum(one, [])
     for epoch in range(4):                           # 40 places: each image once an epoch, 4 epochs
         assert sorted(i for e, i in stream if e == epoch) == list(range(10))
     first, second = S1.batch_indices(10, 10, 10, 0, 0, 2)
     assert [i for _, i in first] != [i for _, i in second]
-    assert one[2:] == [sorted(batch) for batch in S1.batch_indices(10, 8, 8, 0, 2, 5)]      # resumed at step 2
+    assert one[2:] == [sorted(batch) for batch in S1.batch_indices(10, 8, 8, 0, 2, 5)]      # from step 2 on
 
 
 class Blank(torch.nn.Module):
@@ -821,7 +827,7 @@ def test_draws_come_from_the_seed():
     visible, t, z_t = one
     assert not same(visible[0].sort().values, visible[1].sort().values)        # another set for each image
     assert len(t.unique()) == 50
-    variance = t ** 2 + (1 - t) ** 2                                # of two draws: were they one, it would be 1
+    variance = t ** 2 + (1 - t) ** 2                                # of two draws; of one it would be 1
     assert abs((z_t.var((1, 2)) / variance).mean() - 1) < 0.05
 
 
@@ -875,7 +881,8 @@ def both_passes(net):
 def test_networks_compile_to_one_graph(monkeypatch, make, call):
     """What torch.compile traces on CUDA, run by Python here: no graph break, and never too many graphs."""
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compile_module(m, backend="eager", fullgraph=True))
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda module: compile_module(module, backend="eager", fullgraph=True))
     torch.compiler.reset()
     net = make()
     strict = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
@@ -923,8 +930,8 @@ def gradients(rank, world, share):
         with (mock.patch.object(S1, "random_keep", lambda *_, **__: keep[mine]),
               mock.patch.object(S1, "sample_time", lambda *_, **__: t[mine]),
               mock.patch.object(torch, "randn", lambda *_, **__: eps[mine])):
-            S1.train_micro_batch(objective, torch.nn.Identity(), [lambda _: targets[mine]], None, images[mine],
-                                 weights, False, 1 / len(passes), contextlib.nullcontext())
+            S1.train_micro_batch(objective, torch.nn.Identity(), [lambda _: targets[mine]], None,
+                                 images[mine], weights, False, 1 / len(passes), contextlib.nullcontext())
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -957,10 +964,11 @@ def on_two_processes(folder, out):
     with open(f"{out}/fid{rank}.json", "w") as f, contextlib.redirect_stdout(f):
         M.main([f"{out}/two.npz", toys.pictures, "--image_size", "32", "--features", toys.teacher, "--json"])
     torch.save({"scores": scores_of(toys), "split": gradients(rank, world, 4),
-                "accumulated": gradients(rank, world, 2)}, f"{out}/found{rank}.pt")
-    if rank == 1:                                    # only here the loss is not finite
+                "accumulated": gradients(rank, world, 2),
+                "order": M.in_order([torch.arange(rank, 7, world)[:, None]], 7)}, f"{out}/found{rank}.pt")
+    if rank == 1:                                    # only here the loss is not finite; all gradients are
         kl_loss = S1.kl_loss
-        S1.kl_loss = lambda *inputs: kl_loss(*inputs) * math.nan
+        S1.kl_loss = lambda *inputs: kl_loss(*inputs).detach() * math.nan
     try:
         S1.main(toys.stage1(f"{out}/nan"))
     except FloatingPointError:
@@ -1000,7 +1008,9 @@ def test_two_processes_give_the_gradient_of_one(two):
 
 def test_two_processes_give_the_scores_of_one(two, toys, capsys):
     for rank in "01":
-        assert load(f"{two}/found{rank}.pt")["scores"] == pytest.approx(scores_of(toys), rel=1e-4, abs=1e-6)
+        found = load(f"{two}/found{rank}.pt")
+        assert found["scores"] == pytest.approx(scores_of(toys), rel=1e-4, abs=1e-6)
+        assert found["order"].flatten().tolist() == list(range(7))
     with open(f"{two}/fid0.json") as f:
         both = json.loads(f.read().splitlines()[-1])
     one = fid_scores(capsys, f"{two}/two.npz", toys.pictures, "--image_size", 32, "--features", toys.teacher)
@@ -1029,8 +1039,8 @@ def test_ablations_train(toys):
     """Every switch of the page trains, and changes the numbers."""
     rows = {}
     for flags in ("", "--distill latent", "--distill none", "--target hidden", "--decode clean", "--gamma 0",
-                  "--semantic mlp", "--semantic_loss l1", "--semantic_loss l2", "--schedule uniform", "--shift 3",
-                  "--schedule lognormal", "--mask_max 0 --mask_min 0", "--w_gan 0", "--w_kl 1",
+                  "--semantic mlp", "--semantic_loss l1", "--semantic_loss l2", "--schedule uniform",
+                  "--schedule lognormal", "--shift 3", "--mask_max 0 --mask_min 0", "--w_gan 0", "--w_kl 1",
                   "--target hidden --mask_max 0 --mask_min 0"):
         S1.main(toys.stage1(flags or "default", "--steps", 3, "--shift", 2, *flags.split()))
         rows[flags] = rows_of(flags or "default")[-1]
@@ -1065,7 +1075,7 @@ def test_decoder_finetuning(toys):
         assert not any(n.startswith("sem_") for n in after[part])
     tuned = T.load_tokenizer("out/last.pt")
     assert tuned.config.semantic == "none"
-    assert T.fingerprint(tuned) == T.fingerprint(T.load_tokenizer(toys.tokenizer))      # a DiT of one fits the other
+    assert T.fingerprint(tuned) == T.fingerprint(T.load_tokenizer(toys.tokenizer))      # one DiT fits both
 
 
 def test_init_at_another_size(toys):
@@ -1097,7 +1107,8 @@ def test_init_for_another_teacher(toys):
         larger = T.load_tokenizer(toys.tokenizer, replace(other, image_size=64), init=True)
     assert larger.predict(noise("z", 1, 64, 16)).shape == (1, 64, 20)
     refuses("sem_decoders.0.out", T.load_tokenizer, toys.tokenizer, other)      # without init: a silent loss
-    refuses("patch_embed", T.load_tokenizer, toys.tokenizer, replace(own, patch_size=16, image_size=64), init=True)
+    coarser = replace(own, patch_size=16, image_size=64)
+    refuses("patch_embed", T.load_tokenizer, toys.tokenizer, coarser, init=True)
 
 
 def test_init_of_a_dit_with_other_classes(toys):
@@ -1116,7 +1127,7 @@ def test_init_of_a_dit_with_other_classes(toys):
 
 
 def test_init_gives_way_to_the_run(toys):
-    refuses("--init", S1.main, toys.stage1("out", "--init", toys.tokenizer, "--finetune_decoder", toys.tokenizer))
+    refuses("--init", S1.main, toys.stage1("out", "--init", "a.pt", "--finetune_decoder", toys.tokenizer))
     for main, flags, out in ((S1.main, toys.stage1, "tok"), (S2.main, toys.stage2, "dit")):
         main(flags(out, "--stop_at", 2))
         main(flags(out, "--init", "gone.pt"))                       # goes on from last.pt, and never opens it
@@ -1130,8 +1141,8 @@ def test_init_learns_sooner(toys, monkeypatch):
     for i in range(12):
         save_picture(f"other/{i % 3}/{i:02d}.png", T.Shapes(40, 12, seed=4)[i][0])
     tokenizer = small(channels=16)
-    with torch.no_grad():
-        tokenizer.encoder.latent_head.bias[16:] = -9                # no posterior noise, which nobody can learn
+    with torch.no_grad():                            # no posterior noise, which nobody can learn
+        tokenizer.encoder.latent_head.bias[16:] = -9
     flags = "--batch", 16, "--tokenizer", save("tok.pt", tokenizer)
     S2.main(toys.stage2("start", *flags, "--steps", 60, "--data", "other"))
     S2.main(toys.stage2("scratch", *flags, "--steps", 30))
@@ -1145,7 +1156,7 @@ def test_init_learns_sooner(toys, monkeypatch):
         stats = model.extras["latent_mean"], model.extras["latent_std"]
         torch.manual_seed(0)
         with torch.no_grad():
-            return S2.stage2_loss(model, tokenizer, stats, images, labels, num_classes=2, shift=1.0, label_dropout=0)
+            return S2.stage2_loss(model, tokenizer, stats, images, labels, 2, shift=1.0, label_dropout=0)
 
     assert loss_of("init") < loss_of("scratch")
 
@@ -1297,11 +1308,13 @@ def test_checkpoints_of_other_programs():
                         (fill(small_dit()), lambda: D.load_dit("theirs.pt", small_dit().config))):
         weights = model.state_dict()
         zeros = {n: torch.zeros_like(w) for n, w in weights.items()}
-        layouts = {"ours": {"model": zeros, "model_ema": weights}, "averaged": {"model": zeros, "ema": weights},
-                   "bare": weights, "EMA off": {"model": weights, "model_ema": None},
+        layouts = {"ours": {"model": zeros, "model_ema": weights},
+                   "averaged": {"model": zeros, "ema": weights},
+                   "bare": weights,
+                   "EMA off": {"model": weights, "model_ema": None},
                    "state_dict": {"state_dict": weights, "epoch": 3},
                    "foreign config": {"model": weights, "config": {"lr": 1e-4}}}
-        for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        for prefix in ("module.", "model.", "_orig_mod.", "module._orig_mod."):
             layouts[prefix] = {"model": {prefix + n: w for n, w in weights.items()}}
         for name, file in layouts.items():
             torch.save(file, "theirs.pt")
@@ -1336,9 +1349,9 @@ def test_a_file_that_is_no_checkpoint_is_named(monkeypatch):
 
 
 def test_safetensors():
-    tensors = {"a": ("F32", [2, 3], np.arange(6, dtype=np.float32).tobytes()), "b": ("BF16", [1], b"\xc0\x3f"),
-               "empty": ("F32", [0], b""), "int16": ("I16", [2], b"\1\0\2\0"), "byte": ("U8", [1], b"\7"),
-               "f8": ("F8_E4M3", [1], b"\x38"), "scalar": ("F64", [], np.float64(2).tobytes())}
+    tensors = {"a": ("F32", [2, 3], np.arange(6, dtype=np.float32).tobytes()), "byte": ("U8", [1], b"\7"),
+               "b": ("BF16", [1], b"\xc0\x3f"), "empty": ("F32", [0], b""), "f8": ("F8_E4M3", [1], b"\x38"),
+               "int16": ("I16", [2], b"\1\0\2\0"), "scalar": ("F64", [], np.float64(2).tobytes())}
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, (dtype, shape, content) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
@@ -1412,7 +1425,7 @@ def test_one_process_a_machine_downloads(monkeypatch, downloads, capsys):
     T.weight_file("vit_large_patch16_dinov3.lvd1689m.safetensors", "weights")
     assert "ai.meta.com/resources/models-and-libraries/dinov3-license" in capsys.readouterr().out
     assert all(url.startswith("https://") for url, _, _ in downloads)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=ConnectionError("no network")))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=ConnectionError))
     refuses("https://.*weights/vgg.pth", T.weight_file, "vgg.pth", "weights", error=OSError)
 
 
@@ -1510,7 +1523,8 @@ def test_statistics_with_a_leading_one(toys, capsys):
     np.savez("flat.npz", mu=mu, sigma=np.eye(96))
     np.savez("row.npz", mu=mu[None], sigma=np.eye(96))
     samples = shapes_npz("samples.npz", 8)
-    flat, row = (fid_scores(capsys, samples, path, "--features", toys.teacher) for path in ("flat.npz", "row.npz"))
+    flat = fid_scores(capsys, samples, "flat.npz", "--features", toys.teacher)
+    row = fid_scores(capsys, samples, "row.npz", "--features", toys.teacher)
     assert flat["FD"] == row["FD"]
 
 
@@ -1565,12 +1579,13 @@ def test_eval_only_against_a_reference(toys, monkeypatch):
     resized = np.stack([picture.resize((16, 16), Image.Resampling.LANCZOS) for picture in pictures])
     resized = torch.from_numpy(resized).permute(0, 3, 1, 2)
     for size, ours in ((32, decoded), (16, resized)):
-        M.main(["--save_stats", "ref.npz", toys.pictures, "--image_size", str(size), "--features", toys.teacher])
-        S1.main(["--tiny", "--eval_only", toys.tokenizer, "--data", toys.pictures, "--features", toys.teacher,
-                 "--reference", "ref.npz", "--out", "out"])
+        judged = ["--features", toys.teacher]
+        M.main(["--save_stats", "ref.npz", toys.pictures, "--image_size", str(size), *judged])
+        S1.main(["--tiny", "--eval_only", toys.tokenizer, "--data", toys.pictures, *judged, "--reference",
+                 "ref.npz", "--out", "out"])
         want = M.frechet(M.extract(features, [ours], 13), M.read("ref.npz"))
         assert scores[-1]["rFD_reference"] == pytest.approx(want, rel=1e-3)
-    assert scores[0]["rFD"] == pytest.approx(scores[0]["rFD_reference"], rel=1e-3)      # that file: the originals
+    assert scores[0]["rFD"] == pytest.approx(scores[0]["rFD_reference"], rel=1e-3)      # of the originals
     assert scores[0]["psnr"] == pytest.approx(M.psnr(images / 255, decoded / 255).mean().item(), rel=1e-2)
     assert {"ssim", "probe_z_1.0", "probe_semantic_0.25"} <= scores[0].keys()
     width, height = Image.open("out/eval.png").size
@@ -1601,7 +1616,7 @@ def test_pictures(toys):
         assert draw(toys, *flags) != draw(toys)
     guide = "--guide", toys.dit.replace("last.pt", "step_4.pt"), "--cfg", "3"
     assert draw(toys, *guide) != draw(toys, "--cfg", "3")
-    assert draw(toys, *guide, "--interval", "0.9", "1") == draw(toys)          # guided nowhere on a grid of 0, 0.5
+    assert draw(toys, *guide, "--interval", "0.9", "1") == draw(toys)          # which steps at t = 0 and 0.5
 
 
 def test_classes_by_name(toys):
@@ -1613,10 +1628,11 @@ def test_classes_by_name(toys):
 
 
 def test_bad_sampling_input_is_named_before_any_work(toys):
-    for wrong in ("--num 0", "--num -1 --save x.npz", "--out picture", "--out nowhere/x.png", "--steps 0", "--cfg 0.9",
-                  "--cfg inf", "--interval 0.9 0.1", "--batch 0", "--stats nowhere/x.npz", "--save x.jpg"):
+    for wrong in ("--num 0", "--num -1 --save x.npz", "--out picture", "--out nowhere/x.png", "--steps 0",
+                  "--cfg 0.9", "--cfg inf", "--interval 0.9 0.1", "--batch 0", "--stats nowhere/x.npz",
+                  "--save x.jpg", "--save x.npz --trajectory"):
         flag, value, *_ = wrong.split()
-        refuses(f"{flag}|{value}", X.main, ["--dit", "gone.pt", *wrong.split()])    # itself found missing later
+        refuses(f"{flag}|{value}", X.main, ["--dit", "gone.pt", *wrong.split()])    # which is missed later
     assert os.listdir() == []
     refuses("--trajectory", draw, toys, "--trajectory", "--num", "65")
     refuses("guide.pt", draw, toys, "--guide", save("guide.pt", small_dit()))
@@ -1624,7 +1640,7 @@ def test_bad_sampling_input_is_named_before_any_work(toys):
 
 
 def test_another_tokenizer(toys):
-    """Refused where the DiT's file names it; a warning where it is named by hand (the authors' decoder file)."""
+    """Refused where the DiT's file names it; a warning where it is named by hand, as theirs must be."""
     other = save("other.pt", small(channels=16))
     torch.save(load(toys.dit) | {"tokenizer": other}, "dit.pt")
     refuses("other.pt", draw, toys, "--dit", "dit.pt")
@@ -1659,7 +1675,7 @@ def test_samples_of_others_are_not_taken_for_ours(toys):
         X.main([*flags, "ours"])
     refuses("ours", X.main, [*flags, "ours", "--steps", "2"])
     file = load("dit.pt")
-    file["model_ema"]["final_layer.linear.bias"] += 0.1             # other weights under the same path and step
+    file["model_ema"]["final_layer.linear.bias"] += 0.1             # other weights, same path and step
     torch.save(file, "dit.pt")
     refuses("ours", X.main, [*flags, "ours"])
     assert sorted(os.listdir("ours")) == ["000000.png", "000001.png", "recipe.json"]
@@ -1672,25 +1688,25 @@ def test_sampling_reads_the_authors_files(toys, monkeypatch):
     torch.save({"model_ema": dit.state_dict() | {"pos_embed": torch.zeros(1, 16, 64)}}, "theirs.pth")
     flags = ["--dit", "theirs.pth", "--tokenizer", toys.tokenizer]
     refuses("--stats", draw, toys, *flags)
-    os.mkdir("shared")
-    flags += ["--stats", "shared/stats.npz"]
+    os.mkdir("common")
+    flags += ["--stats", "common/stats.npz"]
     draw(toys, *flags, "--data", toys.pictures)
     ours = load(toys.dit)
-    with np.load("shared/stats.npz") as file:
+    with np.load("common/stats.npz") as file:
         assert np.allclose(file["mean"], ours["latent_mean"], atol=1e-5)
         assert np.allclose(file["std"], ours["latent_std"], atol=1e-5)
     access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: "shared" not in path and access(path, mode))
+    monkeypatch.setattr(os, "access", lambda path, mode: "common" not in path and access(path, mode))
     draw(toys, *flags)                               # a read-only folder will do
-    np.savez("shared/stats.npz", mean=np.zeros(3), std=np.ones(3))
+    np.savez("common/stats.npz", mean=np.zeros(3), std=np.ones(3))
     refuses("stats.npz", draw, toys, *flags)
 
 
 # ---------------------------------------------------------------- bad flags and folders
 
 def test_bad_flags_are_named_before_any_work(toys, monkeypatch):
-    for wrong in ("--micro_batch 3", "--micro_batch -8", "--mask_max 1.5", "--mask_min 0.5 --mask_max 0.1", "--shift 0",
-                  "--ema 1.5", "--batch 0", "--steps 0", "--lr -1", "--save_every 0"):
+    for wrong in ("--micro_batch 3", "--micro_batch -8", "--mask_max 1.5", "--mask_min 0.5 --mask_max 0.1",
+                  "--shift 0", "--ema 1.5", "--batch 0", "--steps 0", "--lr -1", "--save_every 0"):
         refuses(wrong.split()[0], S1.main, toys.stage1("out", *wrong.split()))
     for wrong in ("--cfg 0.5", "--eval_num 1", "--label_dropout 1", "--sample_every 0", "--ema 1"):
         refuses(wrong.split()[0], S2.main, toys.stage2("out", *wrong.split()))
@@ -1727,8 +1743,10 @@ def test_refuses_the_folder_of_another_configuration(toys):
 def test_goes_on_with_the_data_elsewhere(toys):
     """The same images by another path are the same data."""
     shutil.copytree(toys.pictures, "moved")
-    for step, path in enumerate((toys.pictures, toys.pictures + "/", os.path.relpath(toys.pictures), "moved"), 1):
-        S1.main(toys.stage1("out", "--data", path, "--stop_at", step))
+    os.symlink(toys.folder, "there")
+    for step, flags in enumerate(([], ["--data", toys.pictures + "/"], ["--data", "there/pictures"],
+                                  ["--data", "moved", "--teacher", "there/teacher.pt"]), 1):
+        S1.main(toys.stage1("out", *flags, "--stop_at", step))
         assert load("out/last.pt")["step"] == step
 
 
@@ -1754,11 +1772,12 @@ def slow(test):
 
 def test_a_second_run_in_the_folder_is_refused(toys):
     """Until the first has ended; what a killed one left is removed."""
+    os.mkdir("busy")
     fork = multiprocessing.get_context("fork")
     ready = fork.Event()
 
     def first_run():
-        lock = S1.lock_folder(".")
+        lock = S1.lock_folder("busy")
         ready.set()
         time.sleep(600)
         lock.close()
@@ -1766,19 +1785,19 @@ def test_a_second_run_in_the_folder_is_refused(toys):
     first = fork.Process(target=first_run)
     first.start()
     ready.wait(60)
-    refuses("another.*--out", S1.main, toys.stage1("."))
+    refuses("busy", S1.main, toys.stage1("busy"))
     first.kill()
     first.join()
-    open("last.pt.x1y2.tmp", "w").close()
-    S1.main(toys.stage1(".", "--stop_at", 1))
-    assert "last.pt" in os.listdir() and "last.pt.x1y2.tmp" not in os.listdir()
+    open("busy/last.pt.x1y2.tmp", "w").close()
+    S1.main(toys.stage1("busy", "--stop_at", 1))
+    assert {"last.pt", "last.pt.x1y2.tmp"} & set(os.listdir("busy")) == {"last.pt"}
 
 
 def test_full_disk_keeps_the_old_checkpoint(monkeypatch):
     resource = pytest.importorskip("resource")
     S1.save("last.pt", {"step": 1})
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))      # a limit of a file's size stands for the disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))      # stands for a small disk
     try:
         for number in (100_000, 30_000):             # torch fails in its own way in the middle of a file
             with pytest.raises(OSError, match="last.pt") as error:
@@ -1892,7 +1911,8 @@ def soak(folder, out):
 
     S1.log_row = record
     toys = Toys(folder)
-    S1.main(toys.stage1(out, "--steps", 300, "--eval_every", 50, "--save_every", 25, "--features", toys.teacher))
+    often = "--eval_every", 50, "--save_every", 25, "--features", toys.teacher
+    S1.main(toys.stage1(out, "--steps", 300, *often))
     with open(f"{out}/pages.json", "w") as f:
         json.dump(pages, f)
 
@@ -1979,8 +1999,9 @@ def test_readme_first_commands(monkeypatch):
     fit = S1.fit_teacher
     monkeypatch.setattr(S1, "fit_teacher", lambda path, size: fit(path, size, steps=5))
     monkeypatch.setattr(T.Shapes, "__len__", lambda self: 64)
-    less = {"train_tokenizer.py": ["--batch", "8", "--steps", "2"],
-            "train_dit.py": ["--batch", "8", "--steps", "2", "--eval_num", "64", "--sample_steps", "1"], "sample.py": []}
+    few = ["--batch", "8", "--steps", "2"]
+    less = {"train_tokenizer.py": few, "train_dit.py": [*few, "--eval_num", "64", "--sample_steps", "1"],
+            "sample.py": []}
     first = [command for command in readme_commands() if command[0] in less][:3]
     assert [script for script, *_ in first] == list(less)
     for script, *flags in first:
