@@ -635,9 +635,9 @@ def test_dit_starts_at_zero_and_learns_two_latents():
     assert (D.sample(model, noise("n", 2, 4, 4), y, 40, 1.0) - z).square().mean() < 0.1
 
 
-def test_tokenizer_overfits_eight_images():
+def test_tokenizer_overfits_four_images():
     model = small(channels=32)
-    images = T.to_float(torch.stack([T.Shapes(32, 8)[i][0] for i in range(8)]))
+    images = T.to_float(torch.stack([T.Shapes(32, 4)[i][0] for i in range(4)]))
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for _ in range(100):
         loss = (model.decode(model.encode(images)[0]) - images).square().mean()
@@ -865,7 +865,7 @@ def convnext():
 
 def both_passes(net):
     """Of the real images, without a graph, and of the decoded ones, with one."""
-    x = noise("x", 1, 3, 64, 64)
+    x = noise("x", 1, 3, 32, 32)
     with torch.no_grad():
         real = net(x)
     return real, net(x.requires_grad_(True)).detach()
@@ -895,12 +895,11 @@ def test_networks_compile_to_one_graph(monkeypatch, make, call):
 # ---------------------------------------------------------------- exact resume; one process and two
 
 def test_exact_resume_in_mid_epoch(toys):
-    """11 steps at once, or 6, a stop and 5: batches of 8 from 13 images, accumulated 2 by 2; both stages."""
-    flags = "--micro_batch", 4, "--steps", 11
-    S1.main(toys.stage1("a", *flags, "--stop_at", 6))
-    S1.main(toys.stage1("a", *flags))
-    S1.main(toys.stage1("b", *flags, "--workers", 1))               # loader processes change nothing
-    flags = *flags, "--features", "tiny", "--reference", toys.pictures, "--eval_num", 16
+    """11 steps at once, or 6, a stop and 5: batches of 8 from 13 images; both stages."""
+    S1.main(toys.stage1("a", "--steps", 11, "--stop_at", 6))
+    S1.main(toys.stage1("a", "--steps", 11))
+    S1.main(toys.stage1("b", "--steps", 11, "--workers", 1))        # loader processes change nothing
+    flags = "--steps", 11, "--features", "tiny", "--reference", toys.pictures, "--eval_num", 16
     S2.main(toys.stage2("c", *flags, "--stop_at", 6))
     S2.main(toys.stage2("c", *flags))
     S2.main(toys.stage2("d", *flags))
@@ -973,6 +972,9 @@ def on_two_processes(folder, out):
         S1.main(toys.stage1(f"{out}/nan"))
     except FloatingPointError:
         open(f"{out}/gave_up{rank}", "w").close()
+    if rank == 1:
+        S1.kl_loss = kl_loss
+    fails("step", folder, f"{out}/dead")             # at the end, rank 1 dies
 
 
 @pytest.fixture(scope="module")
@@ -981,7 +983,9 @@ def two(toys, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("two"))
     S1.main(toys.stage1(f"{out}/continued", "--stop_at", 2))
     status, _, errors = run("on_two_processes", toys.folder, out, world=2)
-    assert status == 0, errors
+    assert os.path.exists(f"{out}/gave_up1"), errors
+    with open(f"{out}/status", "w") as f:
+        f.write(str(status))
     return out
 
 
@@ -1033,15 +1037,22 @@ def test_all_ranks_decide_alike(two):
     assert not os.path.exists(f"{two}/nan/last.pt")
 
 
+def test_a_dead_rank_takes_the_job_down(two):
+    """With an error on rank 1 the other one, and the job, ended; it would run into the time limit."""
+    assert os.path.exists(f"{two}/dead.boom")
+    with open(f"{two}/status") as f:
+        assert f.read() == "1"
+
+
 # ---------------------------------------------------------------- training
 
 def test_ablations_train(toys):
     """Every switch of the page trains, and changes the numbers."""
     rows = {}
     for flags in ("", "--distill latent", "--distill none", "--target hidden", "--decode clean", "--gamma 0",
-                  "--semantic mlp", "--semantic_loss l1", "--semantic_loss l2", "--schedule uniform",
-                  "--schedule lognormal", "--shift 3", "--mask_max 0 --mask_min 0", "--w_gan 0", "--w_kl 1",
-                  "--target hidden --mask_max 0 --mask_min 0"):
+                  "--semantic mlp", "--semantic_loss l1", "--schedule uniform", "--schedule lognormal",
+                  "--shift 3", "--mask_max 0 --mask_min 0", "--target hidden --mask_max 0 --mask_min 0",
+                  "--w_gan 0"):
         S1.main(toys.stage1(flags or "default", "--steps", 3, "--shift", 2, *flags.split()))
         rows[flags] = rows_of(flags or "default")[-1]
     losses = [row["loss"] for row in rows.values()]
@@ -1609,20 +1620,21 @@ def draw(toys, *flags):
 
 
 def test_pictures(toys):
-    assert draw(toys).size == (98 * 2, 98 * 4)       # one class a column, 32 px enlarged to 96, a border
+    usual = draw(toys)
+    assert usual.size == (98 * 2, 98 * 4)            # one class a column, 32 px enlarged to 96, a border
     assert draw(toys, "--classes", "1", "two words", "0", "--num", "5").size == (98 * 3, 98 * 2)
     assert draw(toys, "--trajectory", "--steps", "9").size == (98 * 8, 98 * 2)
-    for flags in (["--solver", "heun"], ["--cfg", "3"], ["--seed", "1"]):
-        assert draw(toys, *flags) != draw(toys)
     guide = "--guide", toys.dit.replace("last.pt", "step_4.pt"), "--cfg", "3"
-    assert draw(toys, *guide) != draw(toys, "--cfg", "3")
-    assert draw(toys, *guide, "--interval", "0.9", "1") == draw(toys)          # which steps at t = 0 and 0.5
+    guided = draw(toys, "--cfg", "3"), draw(toys, *guide)
+    others = draw(toys, "--solver", "heun"), draw(toys, "--seed", "1"), *guided
+    assert usual not in others and guided[0] != guided[1]
+    assert draw(toys, *guide, "--interval", "0.9", "1") == usual    # which takes its steps at t = 0 and 0.5
 
 
 def test_classes_by_name(toys):
-    assert draw(toys, "--classes", "zürich 東京") == draw(toys, "--classes", "1")
-    assert draw(toys, "--classes", "two words") == draw(toys, "--classes", "0")
-    assert draw(toys, "--classes", "0") != draw(toys, "--classes", "1")
+    pictures = [draw(toys, "--classes", name) for name in ("two words", "zürich 東京", "0", "1")]
+    assert pictures[:2] == pictures[2:]
+    assert pictures[0] != pictures[1]
     for unknown in ("2", "three words", "-1"):
         refuses(unknown, draw, toys, "--classes", unknown)
 
@@ -1688,17 +1700,17 @@ def test_sampling_reads_the_authors_files(toys, monkeypatch):
     torch.save({"model_ema": dit.state_dict() | {"pos_embed": torch.zeros(1, 16, 64)}}, "theirs.pth")
     flags = ["--dit", "theirs.pth", "--tokenizer", toys.tokenizer]
     refuses("--stats", draw, toys, *flags)
-    os.mkdir("common")
-    flags += ["--stats", "common/stats.npz"]
+    os.mkdir("shared")
+    flags += ["--stats", "shared/stats.npz"]
     draw(toys, *flags, "--data", toys.pictures)
     ours = load(toys.dit)
-    with np.load("common/stats.npz") as file:
+    with np.load("shared/stats.npz") as file:
         assert np.allclose(file["mean"], ours["latent_mean"], atol=1e-5)
         assert np.allclose(file["std"], ours["latent_std"], atol=1e-5)
     access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: "common" not in path and access(path, mode))
+    monkeypatch.setattr(os, "access", lambda path, mode: "shared" not in path and access(path, mode))
     draw(toys, *flags)                               # a read-only folder will do
-    np.savez("common/stats.npz", mean=np.zeros(3), std=np.ones(3))
+    np.savez("shared/stats.npz", mean=np.zeros(3), std=np.ones(3))
     refuses("stats.npz", draw, toys, *flags)
 
 
@@ -1851,11 +1863,6 @@ def test_an_unexpected_error_ends_the_run(toys, where):
     assert status == 1 and "Traceback" in errors and "boom" in errors, errors
 
 
-def test_a_dead_rank_takes_the_job_down(toys):
-    status, _, errors = run("fails", "step", toys.folder, "out", world=2, timeout=90)
-    assert status != 0 and os.path.exists("out.boom"), errors
-
-
 def test_non_finite_steps_end_the_run(toys, monkeypatch):
     kl_loss, steps, saved = S1.kl_loss, [], []
 
@@ -2001,7 +2008,7 @@ def test_readme_first_commands(monkeypatch):
     monkeypatch.setattr(T.Shapes, "__len__", lambda self: 64)
     few = ["--batch", "8", "--steps", "2"]
     less = {"train_tokenizer.py": few, "train_dit.py": [*few, "--eval_num", "64", "--sample_steps", "1"],
-            "sample.py": []}
+            "sample.py": ["--steps", "2"]}
     first = [command for command in readme_commands() if command[0] in less][:3]
     assert [script for script, *_ in first] == list(less)
     for script, *flags in first:
