@@ -1143,11 +1143,21 @@ def rank_and_world():
 
 
 def from_rank_0(make):
-    """The result of make() on rank 0, pickled, on all processes: all of them must call this."""
+    """The result of make() on rank 0, pickled, on all processes: all of them must call this.
+
+    A user's mistake that rank 0 finds is raised on all.
+    """
     rank, world = rank_and_world()
-    result = [make() if rank == 0 else None]
+    result = [None]
+    if rank == 0:
+        try:
+            result = [make()]
+        except (ValueError, OSError) as error:
+            result = [error]
     if world > 1:
         dist.broadcast_object_list(result)
+    if isinstance(result[0], Exception):
+        raise result[0]
     return result[0]
 
 

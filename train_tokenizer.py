@@ -1064,7 +1064,7 @@ def step_at(scale, optimizer):
 class StopConditions:
     """What ends a run early: a signal, after the step at hand; or three steps in a row that are not finite.
 
-    A second signal ends the process at once.
+    A second signal, more than 5 s later, ends the process at once.
     """
     PATIENCE = 3
 
@@ -1077,8 +1077,12 @@ class StopConditions:
                 signal.signal(s, self.catch)
 
     def catch(self, number, frame):
+        if not self.signalled:
+            self.since = time.monotonic()
+        elif time.monotonic() - self.since > 5:                     # sooner: the first, passed on
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.signalled = True
-        signal.signal(number, signal.SIG_DFL)
 
     def check(self, step, terms):
         """-> bad: a loss or gradient norm of some process is not finite; leave: some process got a signal."""
