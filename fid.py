@@ -589,6 +589,9 @@ class Arrays:
     def __len__(self):
         return self.shape[0]
 
+    def __getstate__(self):                                         # a copy for a loader is the path alone
+        return self.__dict__ | {"images": None}
+
     def __getitem__(self, i):
         if self.images is None:
             self.images = stored_array(self.root, "arr_0")
@@ -716,7 +719,7 @@ def compare(features, samples, reference, batch=64, workers=0):
         real, fake = other["rows"].to(features.device), one["rows"].to(features.device)
         scores["precision"], scores["recall"] = precision_recall(real, fake)
     elif both:
-        print_once("precision and recall: they need 4 images on both sides")
+        warnings.warn("no precision and recall: they need 4 images on both sides")
     # Another size is another task, but the user may mean it.
     sizes = samples["image_size"], reference["image_size"]
     if all(sizes) and sizes[0] != sizes[1]:
