@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tokenizer import (Attention, SwiGLU, atomic, axial_rope, fingerprint, flow, from_rank_0, load_named,
-                       local_batches, naming, own_config, rank_and_world, read_checkpoint, sample_noise,
-                       sample_time, to_float)
+                       local_batches, naming, own_config, print_once, rank_and_world, read_checkpoint,
+                       sample_noise, sample_time, to_float)
 
 # ---------------------------------------------------------------- flow matching on the path of tokenizer.flow
 # z_t = t z + (1 - t) noise, so dz_t / dt = z - noise. The network learns this velocity; the sampler follows
@@ -109,27 +109,34 @@ def decode_normalised(tokenizer, stats, z):
 
 @torch.no_grad()
 def latent_statistics(tokenizer, batches):
-    """Mean and std (C,) of the posterior MEANS over images and tokens: float64 sums over all processes.
+    """Mean and std (C,) of posterior SAMPLES over images and tokens: float64 sums over all processes.
 
+    The DiT's targets are samples, so their deviation is what brings them to 1. The released code takes that
+    of the posterior MEANS; where the KL has emptied a channel, this would blow its noise up a hundredfold.
     batches: of (uint8 images (B, 3, H, W), labels), without flips; each process has its own share.
     """
     device = next(tokenizer.parameters()).device
     C = tokenizer.config.channels
     count = torch.zeros(C, dtype=torch.float64, device=device)
-    total = torch.zeros_like(count)
-    squares = torch.zeros_like(count)
+    total, squares, posterior = torch.zeros(3, C, dtype=torch.float64, device=device)
     for images, _ in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            mean, _ = tokenizer.encode(to_float(images.to(device)))
-        z = mean.double().flatten(0, 1)                              # (B N, C)
-        count += len(z)
-        total += z.sum(0)
-        squares += (z ** 2).sum(0)
+            mean, logvar = tokenizer.encode(to_float(images.to(device)))
+        mean = mean.double().flatten(0, 1)                          # (B N, C)
+        count += len(mean)
+        total += mean.sum(0)
+        squares += (mean ** 2).sum(0)
+        posterior += logvar.double().flatten(0, 1).exp().sum(0)
     if dist.is_initialized():
-        for x in (count, total, squares):
+        for x in (count, total, squares, posterior):
             dist.all_reduce(x)
     mean = total / count
-    variance = squares / count - mean ** 2
+    of_means = (squares / count - mean ** 2).clamp(min=0)
+    variance = of_means + posterior / count                         # the law of total variance
+    empty = int((of_means < 0.01 * variance).sum())
+    if empty:
+        print_once(f"notice: {empty} of {C} latent channels carry nothing (more than 99 % of their variance "
+                   "is the posterior's noise): the KL has emptied them; a smaller --w_kl fills them")
     return mean.float(), variance.clamp(min=1e-12).sqrt().float()
 
 

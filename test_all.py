@@ -531,6 +531,18 @@ def test_shapes_dataset():
     assert len(list(data)) == 64
 
 
+def test_shapes_give_no_class_away():
+    """A linear classifier of the pixels reads few classes: any place, turn and hue (43 %; 98 if upright)."""
+    data = T.Shapes(32, 1600, seed=1)
+    images = torch.stack([image for image, _ in data]).double() / 255
+    labels = torch.arange(1600) % 8
+    x = torch.nn.functional.pad(torch.nn.functional.avg_pool2d(images, 4).flatten(1), (0, 1), value=1.0)
+    seen, other = x.split(800)
+    solution = torch.linalg.lstsq(seen, torch.nn.functional.one_hot(labels[:800]).double()).solution
+    right = ((other @ solution).argmax(1) == labels[800:]).double().mean()
+    assert right < 0.5
+
+
 class Gaussian(torch.nn.Module):
     """The exact velocity field of data ~ N(mean, std^2) in place of a network; counts its evaluations."""
     config = D.DiTConfig(num_classes=10)
@@ -583,6 +595,7 @@ def test_guidance_interval_and_its_cost():
 class Patches(torch.nn.Module):
     """Stands for a tokenizer: its latents are the pixels, so that C = 3 and N = 1,024."""
     config = SimpleNamespace(channels=3, semantic="none")
+    empty = None
 
     def __init__(self):
         super().__init__()
@@ -590,7 +603,12 @@ class Patches(torch.nn.Module):
 
     def encode(self, images):
         mean = images.flatten(2).transpose(1, 2)
-        return mean, torch.full_like(mean, -30.0)
+        logvar = torch.full_like(mean, -30.0)
+        if self.empty is not None:                                  # a channel that the KL has emptied
+            mean, logvar = mean.clone(), logvar.clone()
+            mean[..., self.empty] *= 0.01
+            logvar[..., self.empty] = 0.0
+        return mean, logvar
 
 
 def test_latent_statistics():
@@ -599,6 +617,18 @@ def test_latent_statistics():
     z = T.to_float(images).transpose(0, 1).flatten(1)               # (3, all pixels)
     assert torch.allclose(mean, z.mean(1), atol=1e-6)
     assert torch.allclose(std, z.std(1, correction=0), atol=1e-6)
+
+
+def test_an_emptied_channel_stays_at_one(capsys):
+    """Its samples are the posterior's noise: of them, not of its means, the deviation becomes 1."""
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    tokenizer = Patches()
+    tokenizer.empty = 2
+    stats = D.latent_statistics(tokenizer, [(images, 0)])
+    assert "1 of 3 latent channels carry nothing" in capsys.readouterr().out
+    mean, logvar = tokenizer.encode(T.to_float(images))
+    z = (mean + (0.5 * logvar).exp() * noise("eps", *mean.shape) - stats[0]) / stats[1]
+    assert torch.allclose(z.std((0, 1)), torch.ones(3), atol=0.05)
 
 
 def test_stage_two_normalises_latents_and_drops_labels(monkeypatch):
@@ -707,7 +737,7 @@ def test_linear_probe_sees_what_is_there():
 
         def encode(self, images):
             labels = images[:, 0, 0, 0].add(1).mul(127.5).round().long()
-            return 20 * torch.nn.functional.one_hot(labels, 8).float()[:, None].expand(-1, 16, -1), None
+            return 20 * torch.torch.nn.functional.one_hot(labels, 8).float()[:, None].expand(-1, 16, -1), None
 
     class Data(list):
         classes = list("abcdefgh")

@@ -1051,12 +1051,15 @@ def is_image(name):
 
 
 class Shapes:
-    """Plainly coloured shapes, drawn on the fly, anti-aliased; [i] depends on (seed, i) alone."""
+    """Shapes drawn on the fly, anti-aliased; [i] depends on (seed, i) alone.
+
+    Any place, turn and hue, on a ground graded between two hues: neither colour nor place tells the class.
+    """
     DISTANCE = {  # signed distance from the outline, radius about 1, negative inside; v points down
         "circle": lambda u, v: np.hypot(u, v) - 0.95,
         "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.75) - 0.22,
         "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.8,
-        "diamond": lambda u, v: (np.abs(u) + np.abs(v) - 1.1) / 2 ** 0.5,
+        "bar": lambda u, v: np.maximum(np.abs(u) - 1, np.abs(v) - 0.35),
         "triangle": lambda u, v: np.maximum(v - 0.6, 0.87 * np.abs(u) - 0.5 * v - 0.55),
         "cross": lambda u, v: np.maximum(np.minimum(np.abs(u), np.abs(v)) - 0.3,
                                          np.maximum(np.abs(u), np.abs(v)) - 1),
@@ -1080,19 +1083,29 @@ class Shapes:
             raise IndexError(index)
         label = index % self.num_classes
         rng = np.random.default_rng((self.seed, index))
-        radius = rng.uniform(0.7, 0.85)
-        angle = rng.uniform(-0.12, 0.12)
-        center = rng.uniform(-0.1, 0.1, (2, 1))
-        x, y = (np.arange(self.size) + 0.5) / self.size * 2 - 1 - center
+        radius = rng.uniform(0.6, 0.8)
+        angle, ground_angle = rng.uniform(0, 2 * np.pi, 2)
+        center = rng.uniform(-0.2, 0.2, (2, 1))
+        fill, one_end, other_end = self.saturated(rng.uniform(0, 6, 3))                     # (3, 1, 1) each
+        place = (np.arange(self.size) + 0.5) / self.size * 2 - 1                            # of pixels, -1 to 1
+
+        # The ground: from one end to the other along a direction.
+        along = np.cos(ground_angle) * place[None, :] + np.sin(ground_angle) * place[:, None]
+        ground = 0.55 + 0.4 * (one_end + (other_end - one_end) * (0.5 + along / 8 ** 0.5))
+        # The shape, turned about its centre.
+        x, y = place - center
         u = (np.cos(angle) * x[None, :] + np.sin(angle) * y[:, None]) / radius
         v = (np.cos(angle) * y[:, None] - np.sin(angle) * x[None, :]) / radius
-        distance = self.DISTANCE[self.classes[label]](u, v) * radius * self.size / 2       # pixels
+        distance = self.DISTANCE[self.classes[label]](u, v) * radius * self.size / 2        # pixels
         cover = np.clip(0.5 - distance, 0, 1)
-        hue = rng.uniform(0, 6) + np.array([0, 4, 2])[:, None, None]
-        shape = 0.15 + 0.6 * np.clip(np.abs(hue % 6 - 3) - 1, 0, 1)                         # (3, 1, 1)
-        ground = rng.uniform(0.75, 0.95)                                                    # light grey
-        pixels = np.round(255 * (ground + cover * (shape - ground)))
-        return torch.from_numpy(pixels.astype(np.uint8)), label
+        pixels = ground + cover * (0.1 + 0.65 * fill - ground)
+        return torch.from_numpy(np.round(255 * pixels).astype(np.uint8)), label
+
+    @staticmethod
+    def saturated(hues):
+        """Hues (n,) in [0, 6] -> RGB (n, 3, 1, 1) in [0, 1]."""
+        wheel = hues[:, None, None, None] + np.array([0, 4, 2])[:, None, None]
+        return np.clip(np.abs(wheel % 6 - 3) - 1, 0, 1)
 
 
 def to_float(images):

@@ -180,7 +180,7 @@ def lr_at(fraction, peak, warmup=0.25):
 
 TINY = dict(  # --tiny: other defaults, nothing else
     data="shapes", image_size=32, patch_size=8, channels=16, encoder="nano", decoder="nano", semantic="nano",
-    teacher="tiny", features="tiny", gan_width=16, w_pixel=20.0, w_perceptual=0.0, w_gan=0.005,
+    teacher="tiny", features="tiny", gan_width=16, w_pixel=20.0, w_perceptual=0.0, w_gan=0.005, w_kl=1e-4,
     steps=1000, batch=64, lr=3e-3, warmup=0.1, ema=0.99, save_every=200, workers=0)
 FINETUNE = dict(  # --finetune_decoder, stage 1b: on posterior samples of the encoder, which rests
     out="out/tokenizer_ft", distill="none", gamma=0.0, mask_min=0.0, mask_max=0.0, w_kl=0.0, w_semantic=0.0,
@@ -528,20 +528,25 @@ def make_tiny_teacher(args, size):
         dist.barrier()
 
 
-def fit_teacher(path, size, steps=250, batch=64, seed=0):
-    """A small DINOv3, fitted to the classes of Shapes, and saved with its class head."""
+def fit_teacher(path, size, steps=750, batch=64, seed=0):
+    """A small DINOv3, fitted to the classes of Shapes, and saved with its class head.
+
+    The class token and every patch token must name the class: a VFM's patches know what they belong to.
+    """
     torch.manual_seed(seed)
     config = dict(version=3, width=96, depth=3, heads=3, patch=8, image_size=size, registers=1)
     net = DINO(**config)
     head = nn.Linear(96, Shapes.num_classes)
     data = Shapes(size, steps * batch, seed=seed + 3)               # held-out shapes have seed 1
-    optimizer = torch.optim.AdamW([*net.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW([*net.parameters(), *head.parameters()], lr=2e-3, weight_decay=0.05)
     right = 0
     bar = progress(DataLoader(data, batch), desc="fit the tiny teacher")
     for step, (images, labels) in enumerate(bar):
-        cls, _ = net(to_float(images))
-        logits = head(cls)
+        cls, patches = net(to_float(images))                        # (B, D), (B, N, D)
+        logits, dense_logits = head(cls), head(patches)
+        dense_labels = labels[:, None].expand(-1, patches.shape[1])
         loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        loss = loss + F.cross_entropy(dense_logits.flatten(0, 1), dense_labels.flatten(), label_smoothing=0.1)
         right = 0.9 * right + 0.1 * (logits.argmax(1) == labels).float().mean().item()
         optimizer.zero_grad()
         loss.backward()

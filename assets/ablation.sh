@@ -1,43 +1,44 @@
 #!/usr/bin/env bash
-# Reruns the tables of ablation.md, from the project's root: bash assets/ablation.sh
+# Reruns the tables and the picture of ablation.md, from the project's root:
+#     rm assets/ablation.csv; bash assets/ablation.sh          # seeds 0 1 2, hours; or: ablation.sh 0
+# What assets/ablation.csv already holds is not run again, and an interrupted run goes on. Two at once, of
+# different seeds, share the work of two cores (OMP_NUM_THREADS=1).
 set -euo pipefail
-mkdir -p runs
-python -c "from train_tokenizer import fit_teacher as fit; fit('runs/vfm.pt', 32); fit('runs/judge.pt', 32, seed=7)"
+export PYTHONPATH=.
+fit() { [ -f runs/$1.pt ] || python -c "from train_tokenizer import fit_teacher as fit; fit('runs/$1.pt', 32, seed=$2)"; }
+mkdir -p runs; fit vfm 0; fit judge 7        # the VFM that is distilled; another one, which judges
+
 stage1() {  # NAME FLAGS...
-    name=$1; shift
-    python train_tokenizer.py --tiny --channels 64 --steps 1000 --batch 32 --teacher runs/vfm.pt \
+    local name=$1; shift
+    python train_tokenizer.py --tiny --w_gan 0 --batch 32 --steps 3000 --shift $shift --teacher runs/vfm.pt \
         --features runs/judge.pt --seed $seed --out runs/$name-$seed "$@"
 }
-stage2() {  # TOKENIZER NAME FLAGS...
-    from=$1; name=$2; shift 2
-    python train_dit.py --tiny --steps 600 --batch 32 --sample_steps 8 --features runs/judge.pt \
-        --seed $seed --tokenizer runs/$from-$seed/last.pt --out runs/$name-$seed/dit "$@"
+stage1b() {  # FROM NAME
+    python train_tokenizer.py --tiny --w_gan 0 --batch 32 --steps 1000 --finetune_decoder runs/$1-$seed/last.pt \
+        --features runs/judge.pt --seed $seed --out runs/$2-$seed
 }
-base() { name=$1; shift; stage1 $name --distill none --gamma 0 --mask_min 0 --mask_max 0 "$@"; }
-for seed in 0 1 2; do
-    base baseline;                                                        stage2 baseline baseline
-    stage1 latent --distill latent --gamma 0 --mask_min 0 --mask_max 0;   stage2 latent latent
-    stage1 fsd --mask_min 0 --mask_max 0;                                 stage2 fsd fsd
-    stage1 rad;                                                           stage2 rad rad
-    python train_tokenizer.py --tiny --finetune_decoder runs/rad-$seed/last.pt --features runs/judge.pt \
-        --seed $seed --out runs/ft-$seed;                                 stage2 ft ft
-    for C in 16 256; do
-        base base$C --channels $C;                                        stage2 base$C base$C
-        stage1 rad$C --channels $C;                                       stage2 rad$C rad$C
-    done
-    stage1 shift --shift 2.83;                                            stage2 shift shift --shift 2.83
-    stage1 lognormal --schedule lognormal;                                stage2 lognormal lognormal --shift 2.83
-    stage2 rad uniform --shift 2.83
+stage2() {  # NAME
+    python train_dit.py --tiny --batch 32 --steps 1500 --shift $shift --features runs/judge.pt --seed $seed \
+        --tokenizer runs/$1-$seed/last.pt --out runs/$1-$seed/dit
+    python assets/ablation.py row $1-$seed   # adds it to assets/ablation.csv
+}
+row() {  # NAME FLAGS...
+    grep -qs "^$1,$seed," assets/ablation.csv || { stage1 "$@"; stage2 $1; }
+}
+plain="--gamma 0 --mask_min 0 --mask_max 0"
+for seed in ${@:-0 1 2}; do                  # the ablation: 16 channels
+    shift=2
+    row baseline --distill none $plain
+    row latent --distill latent $plain
+    row fsd --mask_min 0 --mask_max 0
+    row rad
+    grep -qs "^ft,$seed," assets/ablation.csv || { stage1 rad; stage1b rad ft; stage2 ft; }
 done
-python - <<'EOF'
-import csv, glob, os
-columns = ["psnr", "rFD", *(f"probe_z_{t}" for t in (1.0, 0.75, 0.5, 0.25)), "probe_semantic_0.25",
-           "FD", "agreement", "FD_cfg", "agreement_cfg"]
-with open("runs/ablation.csv", "w", newline="") as out:
-    table = csv.writer(out)
-    table.writerow(["row", "seed", *columns])
-    for folder in sorted(glob.glob("runs/*-[0-9]")):
-        logs = [f for f in (folder + "/log.csv", folder + "/dit/log.csv") if os.path.exists(f)]
-        last = {k: v for f in logs for k, v in list(csv.DictReader(open(f)))[-1].items() if v}
-        table.writerow([*os.path.basename(folder).rsplit("-", 1), *(last.get(c, "") for c in columns)])
-EOF
+for seed in ${@:-0 1 2}; do                  # channels, with shift = sqrt(C / 4); and the law of t
+    shift=1;     row baseline4 --channels 4 --distill none $plain;   row rad4 --channels 4
+    shift=2.828; row baseline32 --channels 32 --distill none $plain; row rad32 --channels 32
+    shift=1.414; row baseline8 --channels 8 --distill none $plain;   row rad8 --channels 8
+    shift=2;     row uniform --schedule uniform;                     row lognormal --schedule lognormal
+done
+python assets/ablation.py tables
+python assets/ablation.py picture runs/baseline-0 runs/latent-0 runs/rad-0
