@@ -292,6 +292,16 @@ def test_perceptual_golden(published):
     assert all(w.grad is None for w in loss.parameters())
 
 
+def test_max_pooling_is_torchs():
+    x, found = noise("x", 2, 3, 9, 12), []
+    for pool in (S1.MaxPool(), torch.nn.MaxPool2d(2)):
+        given = x.clone().requires_grad_(True)
+        out = pool(given)
+        (out * noise("weights", *out.shape)).sum().backward()
+        found.append((out, given.grad))
+    assert all(torch.equal(ours, torchs) for ours, torchs in zip(*found))
+
+
 def test_small_losses_golden():
     close(fill(S1.PatchGAN())(noise("a", 2, 3, 96, 96).sigmoid()), GOLDEN["patchgan"])
     f, g = noise("f", 2, 7, 24), noise("g", 2, 7, 24)
