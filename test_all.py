@@ -1872,6 +1872,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(toys, monkeypatch):
 def test_a_signal_finishes_the_step_and_saves(toys, number, world):
     """The whole process group is signalled, loader processes too, as a terminal or SLURM does."""
     flags = toys.stage1("out", "--batch", 4, "--steps", 10 ** 6, "--save_every", 10 ** 6, "--workers", 2)
+    signal.signal(number, signal.SIG_DFL)            # inherited; these tests may run under nohup
     process = start("train_tokenizer.py", *flags, world=world)
     wait_for("out/log.csv", process)                 # written at step 10
     assert not os.path.exists("out/last.pt")
