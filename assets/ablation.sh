@@ -10,16 +10,16 @@ mkdir -p runs; fit vfm 0; fit judge 7        # the VFM that is distilled; anothe
 
 stage1() {  # NAME FLAGS...
     local name=$1; shift
-    python train_tokenizer.py --tiny --w_gan 0 --batch 32 --steps 3000 --shift $shift --teacher runs/vfm.pt \
-        --features runs/judge.pt --seed $seed --out runs/$name-$seed "$@"
+    python train_tokenizer.py --tiny --w_gan 0 --lr 4e-3 --batch 32 --steps 4000 --shift $shift \
+        --teacher runs/vfm.pt --features runs/judge.pt --seed $seed --out runs/$name-$seed "$@"
 }
 stage1b() {  # FROM NAME
-    python train_tokenizer.py --tiny --w_gan 0 --batch 32 --steps 1000 --finetune_decoder runs/$1-$seed/last.pt \
+    python train_tokenizer.py --tiny --w_gan 0 --lr 1e-3 --batch 32 --steps 1000 --finetune_decoder runs/$1-$seed/last.pt \
         --features runs/judge.pt --seed $seed --out runs/$2-$seed
 }
 stage2() {  # NAME
-    python train_dit.py --tiny --batch 32 --steps 1500 --shift $shift --features runs/judge.pt --seed $seed \
-        --tokenizer runs/$1-$seed/last.pt --out runs/$1-$seed/dit
+    python train_dit.py --tiny --lr 2e-3 --batch 32 --steps 1000 --shift $shift --features runs/judge.pt \
+        --seed $seed --tokenizer runs/$1-$seed/last.pt --out runs/$1-$seed/dit
     python assets/ablation.py row $1-$seed   # adds it to assets/ablation.csv
 }
 row() {  # NAME FLAGS...
