@@ -2052,6 +2052,17 @@ def test_readme_commands_are_understood():
     assert ["train_tokenizer.py", "--tiny"] in commands
 
 
+def test_flags_of_the_ablation_exist(capsys):
+    for script in (S1, S2):
+        with pytest.raises(SystemExit):
+            script.parse(["--help"])
+    known = capsys.readouterr().out
+    with open(os.path.join(HERE, "assets", "ablation.sh")) as f:
+        flags = set(re.findall(r"--\w+", f.read()))
+    assert len(flags) > 10
+    assert [flag for flag in flags if f"{flag} " not in known] == []
+
+
 def test_readme_first_commands(monkeypatch):
     """The tiny commands in their order as they stand, but on 64 shapes and a few steps long."""
     fit = S1.fit_teacher
