@@ -181,7 +181,7 @@ def lr_at(fraction, peak, warmup=0.25):
 TINY = dict(  # --tiny: other defaults, nothing else. The KL's 1e-4 is 1e-6 for 1/128 of the numbers in z
     data="shapes", image_size=32, patch_size=8, channels=16, encoder="nano", decoder="nano", semantic="nano",
     teacher="tiny", features="tiny", gan_width=16, w_pixel=20.0, w_perceptual=0.0, w_gan=5e-4, w_kl=1e-4,
-    shift="2", steps=3000, batch=32, lr=4e-3, warmup=0.1, ema=0.99, save_every=500, workers=0)
+    shift="2", steps=4000, batch=32, lr=4e-3, warmup=0.1, ema=0.99, save_every=500, workers=0)
 FINETUNE = dict(  # --finetune_decoder, stage 1b: on posterior samples of the encoder, which rests
     out="out/tokenizer_ft", distill="none", gamma=0.0, mask_min=0.0, mask_max=0.0, w_kl=0.0, w_semantic=0.0,
     gan_start=0.0, epochs=100.0, warmup=0.05)

@@ -30,22 +30,36 @@ def row(run):
         table.writerow(found)
 
 
+LABELS = {"baseline": "baseline, C = 16", "latent": "+ distillation on clean latents", "fsd": "+ FSD", "rad": "+ RAD",
+          "ft": "+ decoder fine-tuning", "baseline4": "baseline, C = 4", "baseline8": "C = 8", "baseline32": "C = 32",
+          "rad4": "RecTok, C = 4", "rad8": "C = 8", "rad32": "C = 32", "uniform": "uniform", "lognormal": "lognormal"}
+GROUPS = [["baseline", "latent", "fsd", "rad", "ft"],
+          ["baseline4", "baseline8", "baseline", "baseline32", "rad4", "rad8", "rad", "rad32"],
+          ["rad", "uniform", "lognormal"]]
+
+
 def tables():
     """Mean and standard deviation over the seeds of each row, as Markdown."""
     with open(PATH, newline="") as f:
         rows = list(csv.DictReader(f))
-    print("| row | seeds | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
-    for name in dict.fromkeys(r["row"] for r in rows):
-        seeds = [r for r in rows if r["row"] == name]
-        cells = []
-        for column in COLUMNS:
-            values = [float(r[column]) for r in seeds if r[column]]
-            percent = column.startswith(("probe", "agreement"))
-            digits = 0 if percent else 2 if column == "rFD" else 1
-            scaled = np.array(values) * (100 if percent else 1)
-            spread = f" ± {scaled.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{scaled.mean():.{digits}f}{spread}" if values else "–")
-        print(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
+    for group in GROUPS:
+        print("\n| row | seeds | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
+        for name in group:
+            seeds = [r for r in rows if r["row"] == name]
+            if seeds:
+                cells = [summary(column, [float(r[column]) for r in seeds if r[column]]) for column in COLUMNS]
+                print(f"| {LABELS[name]} | {len(seeds)} | " + " | ".join(cells) + " |")
+
+
+def summary(column, values):
+    """Mean ± standard deviation; shares in percent."""
+    if not values:
+        return "–"
+    share = column.startswith(("probe", "agreement"))
+    values = np.array(values) * (100 if share else 1)
+    digits = 2 if column == "rFD" else 0 if share else 1
+    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"
 
 
 COLOURS = torch.tensor([[230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48],
