@@ -379,8 +379,9 @@ def axial_rope(coords, freqs):
     rows = angle[:, None].expand(grid, grid, -1)
     columns = angle[None].expand(grid, grid, -1)
     angle = torch.cat([rows, columns], dim=-1).flatten(0, 1)        # (N, d)
-    sign = torch.tensor([-1.0, 1.0], device=angle.device).repeat(angle.shape[1] // 2)
-    return torch.stack([angle.cos(), sign * angle.sin()])
+    sin = angle.sin()
+    sin[:, 0::2] *= -1
+    return torch.stack([angle.cos(), sin])
 
 
 def rotate(x, rope):
@@ -500,7 +501,8 @@ class DINO(nn.Module):
         periods = 100 ** (torch.arange(d // 4, device=device) * 4 / d)
         centres = (torch.arange(grid, device=device) + 0.5) / grid * 2 - 1
         rope = axial_rope(centres, (2 * math.pi / periods).repeat_interleave(2))
-        still = torch.tensor([1.0, 0.0], device=device).view(2, 1, 1).expand(2, first, d)
+        still = torch.zeros(2, first, d, device=device)
+        still[0] = 1
         return torch.cat([still, rope], dim=1)
 
     def load_published(self, state, path="the teacher's file"):

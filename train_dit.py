@@ -135,7 +135,7 @@ def main(argv=None):
     ema.requires_grad_(False)
     model.grad_checkpoint = args.grad_checkpoint
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
-                                  fused=device.type == "cuda")
+                                  fused=True)
     features, head, reference = open_metrics(args, shape.image_size, device)
     if run.checkpoint:
         stats = run.checkpoint["latent_mean"].to(device), run.checkpoint["latent_std"].to(device)
@@ -179,24 +179,23 @@ def main(argv=None):
 
         # The step. Where the loss or the gradient of any process is not finite, no weight is touched.
         terms["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        bad, leave = stop.check(step, terms)
-        if not bad:
-            step_at(lr_scale, optimizer)
-            update_ema(ema, model, args.ema)
+        skip = stop.check(step, terms)
+        step_at(lr_scale, optimizer, skip)
+        update_ema(ema, model, args.ema)
         optimizer.zero_grad()
 
         # Save first (what follows may take long), then picture, scores and log
         done = step + 1
         bar.update()
         due = done % args.eval_every == 0 or done == run.steps
-        scoring = features is not None and due and not leave
-        saving = (done % args.save_every == 0 or scoring) and not bad
-        if rank == 0 and (saving or done == run.last or leave):
+        scoring = features is not None and due and not stop.leave
+        saving = done % args.save_every == 0 or scoring or done == run.last or stop.leave
+        if rank == 0 and saving:
             state = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config),
                      "latent_mean": stats[0].cpu(), "latent_std": stats[1].cpu(),
                      "tokenizer": os.path.abspath(args.tokenizer), "fingerprint": mark}
             run.save(done, state, {"optimizer": optimizer.state_dict()})
-        if rank == 0 and (done % args.sample_every == 0 or done == run.last) and not leave:
+        if rank == 0 and (done % args.sample_every == 0 or done == run.last) and not stop.leave:
             images = draw_samples(range(len(shown)), shown)
             save_grid(os.path.join(args.out, f"step_{done}.png"), images, columns)
         scores = {}
@@ -212,9 +211,10 @@ def main(argv=None):
         if done % 10 == 0 or done == run.steps or scores:
             row = run.log(done, lr_scale * args.lr, terms, scores)
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-        if leave:
+        if stop.leave:
             print(f"rank {rank}: stopped by a signal after step {done}; the same command goes on from there")
             break
+    stop.read()
     run.finish_save()
     bar.close()
 

@@ -329,26 +329,25 @@ def main(argv=None):
         if gan_on:
             average_gradients(discriminator)
             terms["d_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.parameters(), 3.0)
-        bad, leave = stop.check(step, terms)
-        if not bad:
-            step_at(lr_scale, optimizer)
-            if gan_on:
-                step_at(lr_scale, d_optimizer)
-            update_ema(ema, model, args.ema)
+        skip = stop.check(step, terms)
+        step_at(lr_scale, optimizer, skip)
+        if gan_on:
+            step_at(lr_scale, d_optimizer, skip)
+        update_ema(ema, model, args.ema)
         optimizer.zero_grad()
         d_optimizer.zero_grad()
 
         # Save first (what follows may take long), then picture, scores and log
         done = step + 1
         bar.update()
-        scoring = (done % args.eval_every == 0 or done == run.steps) and not leave
-        saving = (done % args.save_every == 0 or scoring) and not bad
-        if rank == 0 and (saving or done == run.last or leave):
+        scoring = (done % args.eval_every == 0 or done == run.steps) and not stop.leave
+        saving = done % args.save_every == 0 or scoring or done == run.last or stop.leave
+        if rank == 0 and saving:
             state = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config)}
             run.save(done, state, {"discriminator": discriminator.state_dict(),
                                             "optimizer": optimizer.state_dict(),
                                             "d_optimizer": d_optimizer.state_dict()})
-            if not leave:
+            if not stop.leave:
                 picture(os.path.join(args.out, f"step_{done}.png"), ema, shown, args.seed, teachers)
         scores = {}
         if scoring:
@@ -359,9 +358,10 @@ def main(argv=None):
         if done % 10 == 0 or done == run.steps or scores:
             row = run.log(done, lr_scale * peak_lr, terms, scores)
             bar.set_postfix(loss=f"{row['loss']:.4f}", pixel=f"{row['pixel']:.4f}", refresh=False)
-        if leave:
+        if stop.leave:
             print(f"rank {rank}: stopped by a signal after step {done}; the same command goes on from there")
             break
+    stop.read()
     run.finish_save()
     bar.close()
 
@@ -451,7 +451,7 @@ def optimizer_for(model, lr):
         else:
             decayed.append(weight)
     groups = [dict(params=free, weight_decay=0.0), dict(params=decayed, weight_decay=1e-4)]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=torch.cuda.is_available())
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def average_gradients(net):
@@ -1068,11 +1068,16 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_([e for e, _ in pairs], [p for _, p in pairs], 1 - decay)
 
 
-def step_at(scale, optimizer):
-    """A step at `scale` times the peak learning rate of each group of parameters."""
+def step_at(scale, optimizer, skip):
+    """A step at `scale` times the peak learning rate of each group of parameters; none where `skip` is 1.
+
+    skip is a number on the device. Fused optimizers know it by the name that torch.amp.GradScaler gives it:
+    they leave weights and moments alone.
+    """
     for group in optimizer.param_groups:
         peak = group.setdefault("initial_lr", group["lr"])
         group["lr"] = scale * peak
+    optimizer.found_inf = skip
     optimizer.step()
 
 
@@ -1086,7 +1091,9 @@ class StopConditions:
     def __init__(self, out):
         self.out = out
         self.signalled = False
+        self.leave = False
         self.bad_steps = 0
+        self.found = None                                           # by the last check, not read yet
         for s in SIGNALS:
             if signal.getsignal(s) != signal.SIG_IGN:               # nohup ignores SIGHUP: so do we
                 signal.signal(s, self.catch)
@@ -1100,26 +1107,44 @@ class StopConditions:
         self.signalled = True
 
     def check(self, step, terms):
-        """-> bad: a loss or gradient norm of some process is not finite; leave: some process got a signal."""
-        rank, world = rank_and_world()
-        values = torch.stack(list(terms.values())).float()
-        signalled = torch.tensor(self.signalled, device=values.device)
-        flags = torch.stack([~values.isfinite().all(), signalled]).float()
+        """-> a flag on the device, 1 where a loss or gradient norm of some process is not finite (step_at).
+
+        The host does not wait for it, or a GPU would idle until it is fed again: it reads the flags of the
+        step before. So `leave` comes, on all processes at once, the step after a signal.
+        """
+        self.read()
+        _, world = rank_and_world()
+        values = torch.stack(list(terms.values())).detach().float()
+        signalled = torch.full((), float(self.signalled), device=values.device)
+        flags = torch.stack([(~values.isfinite().all()).float(), signalled])
         if world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
-        bad, leave = flags.bool().tolist()                          # the one synchronisation of a step
+        copies = flags.to("cpu", non_blocking=True), values.to("cpu", non_blocking=True)
+        event = torch.cuda.current_stream().record_event() if flags.is_cuda else None
+        self.found = step, list(terms), *copies, event
+        return flags[0]
+
+    def read(self):
+        """What the last check found: sets `leave`, reports bad steps, raises after three in a row."""
+        if self.found is None:
+            return
+        step, names, flags, values, event = self.found
+        self.found = None
+        if event:
+            event.synchronize()
+        bad, self.leave = flags.bool().tolist()
         self.bad_steps = self.bad_steps + 1 if bad else 0
-        if bad:
-            report = ", ".join(f"{name} {value:.4g}" for name, value in zip(terms, values.tolist()))
-            report = f"on rank {rank}: {report}"
-            print_once(f"step {step}: a loss or gradient of some process is not finite, skipped; {report}")
+        if not bad:
+            return
+        rank, _ = rank_and_world()
+        report = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values.tolist()))
+        report = f"on rank {rank}: {report}"
+        print_once(f"step {step}: a loss or gradient of some process is not finite, skipped; {report}")
         if self.bad_steps == self.PATIENCE:
             path = os.path.join(self.out, "last.pt")
-            kept = (f"the last good checkpoint is {path}" if os.path.exists(path)
-                    else "nothing was saved before")
+            kept = f"the last checkpoint is {path}" if os.path.exists(path) else "nothing was saved before"
             summary = f"{self.PATIENCE} non-finite steps in a row, the last one {step}"
             raise FloatingPointError(f"{summary}: {report}; {kept}")
-        return bad, leave
 
 
 if __name__ == "__main__":
