@@ -108,11 +108,12 @@ def decode_normalised(tokenizer, stats, z):
 
 
 @torch.no_grad()
-def latent_statistics(tokenizer, batches):
+def latent_statistics(tokenizer, batches, of_means=False):
     """Mean and std (C,) of posterior SAMPLES over images and tokens: float64 sums over all processes.
 
-    The DiT's targets are samples, so their deviation is what brings them to 1. The released code takes that
-    of the posterior MEANS; where the KL has emptied a channel, this would blow its noise up a hundredfold.
+    The DiT's targets are samples, so their deviation is what brings them to 1. The released code, and so its
+    DiTs, takes that of the posterior MEANS (of_means); where the KL has emptied a channel, this would blow
+    its noise up a hundredfold.
     batches: of (uint8 images (B, 3, H, W), labels), without flips; each process has its own share.
     """
     device = next(tokenizer.parameters()).device
@@ -131,22 +132,25 @@ def latent_statistics(tokenizer, batches):
         for x in (count, total, squares, posterior):
             dist.all_reduce(x)
     mean = total / count
-    of_means = (squares / count - mean ** 2).clamp(min=0)
-    variance = of_means + posterior / count                         # the law of total variance
-    empty = int((of_means < 0.01 * variance).sum())
+    variance_of_means = (squares / count - mean ** 2).clamp(min=0)
+    variance = variance_of_means + posterior / count                # the law of total variance
+    empty = int((variance_of_means < 0.01 * variance).sum())
     if empty:
         print_once(f"notice: {empty} of {C} latent channels carry nothing (more than 99 % of their variance "
                    "is the posterior's noise): the KL has emptied them; a smaller --w_kl fills them")
+    if of_means:
+        variance = variance_of_means
     return mean.float(), variance.clamp(min=1e-12).sqrt().float()
 
 
-def kept_statistics(path, tokenizer, data, batch=64, workers=0):
+def kept_statistics(path, tokenizer, data, batch=64, workers=0, of_means=False):
     """latent_statistics of a data set: read from the npz at `path`, or computed and written there."""
     device = next(tokenizer.parameters()).device
     mark = fingerprint(tokenizer)
     stats = from_rank_0(lambda: read_statistics(path, tokenizer.config.channels, mark))
     if stats is None:
-        stats = latent_statistics(tokenizer, local_batches(data, batch, workers, desc="latent statistics"))
+        batches = local_batches(data, batch, workers, desc="latent statistics")
+        stats = latent_statistics(tokenizer, batches, of_means)
         rank, _ = rank_and_world()
         if rank == 0:
             mean, std = (x.cpu().numpy() for x in stats)

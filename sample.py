@@ -166,7 +166,10 @@ def open_networks(args, device):
 
 
 def open_statistics(args, model, tokenizer, device):
-    """Latent mean and std (C,): of our checkpoint, of --stats, or computed from --data into --stats."""
+    """Latent mean and std (C,): of our checkpoint, of --stats, or computed from --data into --stats.
+
+    Computed for the authors' DiTs, whose files hold none: as they were trained, of posterior means.
+    """
     if model.extras:
         return model.extras["latent_mean"].to(device), model.extras["latent_std"].to(device)
     present = from_rank_0(lambda: bool(args.stats) and os.path.exists(args.stats))
@@ -176,7 +179,7 @@ def open_statistics(args, model, tokenizer, device):
     data = None
     if not present:
         data = ImageFolder(args.data, tokenizer.config.image_size)
-    return kept_statistics(args.stats, tokenizer, data, args.batch, cores())
+    return kept_statistics(args.stats, tokenizer, data, args.batch, cores(), of_means=True)
 
 
 def class_number(asked, path, model):

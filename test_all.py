@@ -293,7 +293,7 @@ def test_perceptual_golden(published):
 
 
 def test_max_pooling_is_torchs():
-    x, found = noise("x", 2, 3, 9, 12), []
+    x, found = noise("x", 2, 3, 9, 12), []           # no two numbers are equal
     for pool in (S1.MaxPool(), torch.nn.MaxPool2d(2)):
         given = x.clone().requires_grad_(True)
         out = pool(given)
@@ -547,9 +547,9 @@ def test_shapes_give_no_class_away():
     images = torch.stack([image for image, _ in data]).double() / 255
     labels = torch.arange(1600) % 8
     x = torch.nn.functional.pad(torch.nn.functional.avg_pool2d(images, 4).flatten(1), (0, 1), value=1.0)
-    seen, other = x.split(800)
-    solution = torch.linalg.lstsq(seen, torch.nn.functional.one_hot(labels[:800]).double()).solution
-    right = ((other @ solution).argmax(1) == labels[800:]).double().mean()
+    fitted, held_out = x.split(800)
+    solution = torch.linalg.lstsq(fitted, torch.nn.functional.one_hot(labels[:800]).double()).solution
+    right = ((held_out @ solution).argmax(1) == labels[800:]).double().mean()
     assert right < 0.5
 
 
@@ -649,6 +649,8 @@ def test_an_emptied_channel_stays_at_one(capsys):
     mean, logvar = tokenizer.encode(T.to_float(images))
     z = (mean + (0.5 * logvar).exp() * noise("eps", *mean.shape) - stats[0]) / stats[1]
     assert torch.allclose(z.std((0, 1)), torch.ones(3), atol=0.05)
+    _, of_means = D.latent_statistics(tokenizer, [(images, 0)], of_means=True)      # as for the authors' DiTs
+    assert torch.allclose(of_means, mean.std((0, 1), correction=0), rtol=1e-4)
 
 
 def test_stage_two_normalises_latents_and_drops_labels(monkeypatch):
@@ -757,7 +759,7 @@ def test_linear_probe_sees_what_is_there():
 
         def encode(self, images):
             labels = images[:, 0, 0, 0].add(1).mul(127.5).round().long()
-            return 20 * torch.torch.nn.functional.one_hot(labels, 8).float()[:, None].expand(-1, 16, -1), None
+            return 20 * torch.nn.functional.one_hot(labels, 8).float()[:, None].expand(-1, 16, -1), None
 
     class Data(list):
         classes = list("abcdefgh")
@@ -1015,8 +1017,16 @@ def on_two_processes(folder, out):
     torch.save({"scores": scores_of(toys), "split": gradients(rank, world, 4),
                 "accumulated": gradients(rank, world, 2),
                 "order": M.in_order([torch.arange(rank, 7, world)[:, None]], 7)}, f"{out}/found{rank}.pt")
+    kl_loss, signals = S1.kl_loss, [signal.SIGTERM] * rank          # rank 1 alone gets one, in its first step
+
+    def with_a_signal(*inputs):
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return kl_loss(*inputs)
+
+    S1.kl_loss = with_a_signal
+    S1.main(toys.stage1(f"{out}/left", "--steps", 50))
     if rank == 1:                                    # only here the loss is not finite; all gradients are
-        kl_loss = S1.kl_loss
         S1.kl_loss = lambda *inputs: kl_loss(*inputs).detach() * math.nan
     try:
         S1.main(toys.stage1(f"{out}/nan"))
@@ -1082,7 +1092,8 @@ def test_samples_depend_on_seed_and_index_alone(two, toys):
 
 
 def test_all_ranks_decide_alike(two):
-    """Only rank 1 saw a loss that is not finite; both skipped the steps, and both gave up without hanging."""
+    """Only rank 1 got a signal, and saw a loss that is not finite; both left, and gave up, without hanging."""
+    assert load(f"{two}/left/last.pt")["step"] == 2
     assert os.path.exists(f"{two}/gave_up0") and os.path.exists(f"{two}/gave_up1")
     assert not os.path.exists(f"{two}/nan/last.pt")
 
@@ -1914,7 +1925,9 @@ def test_an_unexpected_error_ends_the_run(toys, where):
     assert status == 1 and "Traceback" in errors and "boom" in errors, errors
 
 
-def test_non_finite_steps_end_the_run(toys, monkeypatch):
+@pytest.mark.parametrize("steps_of_run, taken", [(50, 8), (7, 7)])
+def test_non_finite_steps_end_the_run(toys, monkeypatch, steps_of_run, taken):
+    """The third in a row, read a step later or at the end of the run, is the last."""
     kl_loss, steps, saved = S1.kl_loss, [], []
 
     def poisoned(mean, logvar):
@@ -1923,20 +1936,20 @@ def test_non_finite_steps_end_the_run(toys, monkeypatch):
 
     monkeypatch.setattr(S1, "kl_loss", poisoned)
     monkeypatch.setattr(S1, "save", lambda path, file: saved.append(file))
-    refuses("kl", S1.main, toys.stage1("out", "--steps", 50, "--save_every", 1), error=FloatingPointError)
-    assert len(steps) == 8                           # the third in a row, read a step later, was the last
+    refuses("kl", S1.main, toys.stage1("out", "--steps", steps_of_run, "--save_every", 1), error=FloatingPointError)
+    assert len(steps) == taken
     files = [file for file in saved if "discriminator" in file]
-    assert [file["step"] for file in files] == [1, 2, 3, 4, 5, 6, 7]
-    assert same(files[3]["model"], files[6]["model"]) and not same(files[2]["model"], files[3]["model"])
+    assert [file["step"] for file in files] == list(range(1, taken))
+    assert same(files[3]["model"], files[5]["model"]) and not same(files[2]["model"], files[3]["model"])
 
 
-def test_a_non_finite_step_changes_no_weight(toys, monkeypatch):
+def test_a_non_finite_step_changes_no_weight(toys, monkeypatch, capsys):
     S1.main(toys.stage1("out", "--steps", 50, "--gan_start", 0, "--stop_at", 3))
     before = load("out/last.pt")
     monkeypatch.setattr(S1, "semantic_loss", lambda *_: torch.tensor(math.inf))    # its gradients are finite
     S1.main(toys.stage1("out", "--steps", 50, "--gan_start", 0, "--stop_at", 4))
     after = load("out/last.pt")
-    assert after["step"] == 4
+    assert after["step"] == 4 and "step 3: a loss or gradient" in capsys.readouterr().out
     for part in ("model", "discriminator"):
         assert same(before[part], after[part]), part
     for part in ("optimizer", "d_optimizer"):        # moments and step counts
@@ -2056,15 +2069,19 @@ def test_readme_commands_are_understood():
     assert ["train_tokenizer.py", "--tiny"] in commands
 
 
-def test_flags_of_the_ablation_exist(capsys):
-    for script in (S1, S2):
-        with pytest.raises(SystemExit):
-            script.parse(["--help"])
-    known = capsys.readouterr().out
+def test_ablation_commands_are_understood():
+    """The whole script, with every command of ours printed instead of run."""
+    stub = """
+        python() { case $1 in train_*) printf '%s\\037' "$@"; echo;; esac; }
+    """
     with open(os.path.join(HERE, "assets", "ablation.sh")) as f:
-        flags = set(re.findall(r"--\w+", f.read()))
-    assert len(flags) > 10
-    assert [flag for flag in flags if f"{flag} " not in known] == []
+        done = subprocess.run(["bash", "-c", stub + f.read()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    commands = [line.split("\037")[:-1] for line in done.stdout.split("\n")]
+    commands = [command for command in commands if command]
+    assert len(commands) > 3 * 26                    # 13 rows, both stages, 3 seeds
+    for script, *flags in commands:
+        SCRIPTS[script].check(SCRIPTS[script].parse(flags))
 
 
 def test_readme_first_commands(monkeypatch):

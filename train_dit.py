@@ -140,7 +140,7 @@ def main(argv=None):
     if run.checkpoint:
         stats = run.checkpoint["latent_mean"].to(device), run.checkpoint["latent_std"].to(device)
     else:
-        path = f"{args.tokenizer}.stats_{mark[:8]}_{data_mark(unflipped)}.npz"      # for the next DiT too
+        path = f"{args.tokenizer}.latents_{mark[:8]}_{data_mark(unflipped)}.npz"      # for the next DiT too
         stats = kept_statistics(path, tokenizer, unflipped, workers=args.workers)
     run.load(model=model, model_ema=ema, optimizer=optimizer)
     shift = latent_shift(shape.grid ** 2, shape.channels)
@@ -177,7 +177,8 @@ def main(argv=None):
             (loss / accumulate).backward()
             terms["loss"] = terms["loss"] + loss.detach() / accumulate
 
-        # The step. Where the loss or the gradient of any process is not finite, no weight is touched.
+        # The step. Where the loss or the gradient of any process is not finite, no weight is touched (the
+        # EMA takes the same weights once more).
         terms["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         skip = stop.check(step, terms)
         step_at(lr_scale, optimizer, skip)
@@ -187,6 +188,8 @@ def main(argv=None):
         # Save first (what follows may take long), then picture, scores and log
         done = step + 1
         bar.update()
+        if done == run.last:
+            stop.read()                                             # no later step would
         due = done % args.eval_every == 0 or done == run.steps
         scoring = features is not None and due and not stop.leave
         saving = done % args.save_every == 0 or scoring or done == run.last or stop.leave
@@ -214,7 +217,6 @@ def main(argv=None):
         if stop.leave:
             print(f"rank {rank}: stopped by a signal after step {done}; the same command goes on from there")
             break
-    stop.read()
     run.finish_save()
     bar.close()
 

@@ -324,7 +324,8 @@ def main(argv=None):
                                       gan_on, 1 / accumulate, precision)
             terms = {name: terms.get(name, 0) + value / accumulate for name, value in found.items()}
 
-        # The step. Where a loss or a gradient of any process is not finite, no weight is touched.
+        # The step. Where a loss or a gradient of any process is not finite, no weight is touched (the EMA
+        # takes the same weights once more).
         terms["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         if gan_on:
             average_gradients(discriminator)
@@ -340,6 +341,8 @@ def main(argv=None):
         # Save first (what follows may take long), then picture, scores and log
         done = step + 1
         bar.update()
+        if done == run.last:
+            stop.read()                                             # no later step would
         scoring = (done % args.eval_every == 0 or done == run.steps) and not stop.leave
         saving = done % args.save_every == 0 or scoring or done == run.last or stop.leave
         if rank == 0 and saving:
@@ -361,7 +364,6 @@ def main(argv=None):
         if stop.leave:
             print(f"rank {rank}: stopped by a signal after step {done}; the same command goes on from there")
             break
-    stop.read()
     run.finish_save()
     bar.close()
 
@@ -640,7 +642,8 @@ class LPIPS(nn.Module):
 
 class MaxPool(nn.Module):
     """The maximum of 2 x 2 pixels, channels last. By amax, since compiled for CUDA the backward of max
-    pooling fills with zeros and adds atomically; on a CPU LPIPS takes a tenth more time with it."""
+    pooling fills with zeros and adds atomically; on a CPU LPIPS takes a tenth more time with it. Equal
+    maxima share the gradient, which torch's pooling gives to the first."""
 
     def forward(self, x):
         height, width = x.shape[2] // 2, x.shape[3] // 2
@@ -1068,11 +1071,11 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_([e for e, _ in pairs], [p for _, p in pairs], 1 - decay)
 
 
-def step_at(scale, optimizer, skip):
+def step_at(scale, optimizer, skip=None):
     """A step at `scale` times the peak learning rate of each group of parameters; none where `skip` is 1.
 
-    skip is a number on the device. Fused optimizers know it by the name that torch.amp.GradScaler gives it:
-    they leave weights and moments alone.
+    skip is a number on the device: a fused optimizer, which knows it by the name that torch.amp.GradScaler
+    gives it, then leaves weights and moments alone.
     """
     for group in optimizer.param_groups:
         peak = group.setdefault("initial_lr", group["lr"])
@@ -1082,7 +1085,7 @@ def step_at(scale, optimizer, skip):
 
 
 class StopConditions:
-    """What ends a run early: a signal, after the step at hand; or three steps in a row that are not finite.
+    """What ends a run early: a signal, a step later; or three steps in a row that are not finite.
 
     A second signal, more than 5 s later, ends the process at once.
     """

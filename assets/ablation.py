@@ -7,7 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tokenizer import Shapes, flow, load_tokenizer, sample_noise, save_grid, to_float
+from fid import probe_inputs
+from tokenizer import Shapes, load_tokenizer, save_grid, to_float
 
 TIMES = (1.0, 0.75, 0.5, 0.25)
 COLUMNS = ["psnr", "rFD", *(f"probe_{kind}_{t}" for kind in ("z", "semantic") for t in TIMES),
@@ -30,76 +31,72 @@ def row(run):
         table.writerow(found)
 
 
-LABELS = {"baseline": "baseline, C = 16", "latent": "+ distillation on clean latents", "fsd": "+ FSD", "rad": "+ RAD",
-          "ft": "+ decoder fine-tuning", "baseline4": "baseline, C = 4", "baseline8": "C = 8", "baseline32": "C = 32",
-          "rad4": "RecTok, C = 4", "rad8": "C = 8", "rad32": "C = 32", "uniform": "uniform", "lognormal": "lognormal"}
-GROUPS = [["baseline", "latent", "fsd", "rad", "ft"],
-          ["baseline4", "baseline8", "baseline", "baseline32", "rad4", "rad8", "rad", "rad32"],
-          ["rad", "uniform", "lognormal"]]
+GROUPS = [
+    {"baseline": "baseline", "latent": "+ distillation on clean latents", "fsd": "+ FSD", "rad": "+ RAD",
+     "ft": "+ decoder fine-tuning"},
+    {"baseline4": "baseline, C = 4", "baseline8": "baseline, C = 8", "baseline": "baseline, C = 16",
+     "baseline32": "baseline, C = 32"},
+    {"rad4": "RecTok, C = 4", "rad8": "RecTok, C = 8", "rad": "RecTok, C = 16", "rad32": "RecTok, C = 32"},
+    {"rad": "shift 2", "uniform": "uniform", "lognormal": "lognormal"},
+    {"fsd_long": "FSD, 8,000 steps", "rad_long": "FSD + RAD, 8,000 steps"}]
+HEADER = ("| | seeds | PSNR | rFD | probe on z_t, t = 1, 0.75, 0.5, 0.25 | on the semantic decoder's output | gFD | "
+          "with CFG 2 | agreement | with CFG 2 |")
 
 
 def tables():
-    """Mean and standard deviation over the seeds of each row, as Markdown."""
+    """Mean ± standard deviation over the seeds of each row, as Markdown."""
     with open(PATH, newline="") as f:
         rows = list(csv.DictReader(f))
     for group in GROUPS:
-        print("\n| row | seeds | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
-        for name in group:
+        print(f"\n{HEADER}\n|" + "---|" * 10)
+        for name, label in group.items():
             seeds = [r for r in rows if r["row"] == name]
             if seeds:
-                cells = [summary(column, [float(r[column]) for r in seeds if r[column]]) for column in COLUMNS]
-                print(f"| {LABELS[name]} | {len(seeds)} | " + " | ".join(cells) + " |")
+                cells = [label, str(len(seeds)), cell(seeds, "psnr"), cell(seeds, "rFD", digits=2)]
+                for kind in ("z", "semantic"):
+                    cells.append(cell(seeds, *(f"probe_{kind}_{t}" for t in TIMES), digits=0, factor=100))
+                cells += [cell(seeds, "FD"), cell(seeds, "FD_cfg")]
+                cells += [cell(seeds, name, digits=0, factor=100) for name in ("agreement", "agreement_cfg")]
+                print("| " + " | ".join(cells) + " |")
 
 
-def summary(column, values):
-    """Mean ± standard deviation; shares in percent."""
-    if not values:
+def cell(seeds, *columns, digits=1, factor=1):
+    """The mean over seeds of each column, and the largest standard deviation of them."""
+    if not seeds[0][columns[0]]:
         return "–"
-    share = column.startswith(("probe", "agreement"))
-    values = np.array(values) * (100 if share else 1)
-    digits = 2 if column == "rFD" else 0 if share else 1
-    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}"
-
-
-COLOURS = torch.tensor([[230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48],
-                        [145, 30, 180], [70, 240, 240], [128, 128, 128]], dtype=torch.uint8)
+    values = np.array([[float(seed[column]) for column in columns] for seed in seeds]) * factor
+    means = " ".join(f"{mean:.{digits}f}" for mean in values.mean(0))
+    if len(seeds) == 1:
+        return means
+    return f"{means} ± {values.std(0, ddof=1).max():.{digits}f}"
 
 
 @torch.no_grad()
 def picture(*runs):
-    """What each token of z_t says: the class that a linear classifier reads from it, as a colour.
+    """What z_t says, as drawings. For each run: held-out shapes, and below them at t = 1, 0.75, 0.5, 0.25 the
+    drawing of the class that a linear classifier reads from z_t, dark where it is wrong.
 
-    First row: a held-out shape of each class, framed in the colour of its class. Then for each run four
-    rows, t = 1, 0.75, 0.5, 0.25. A linear classifier a run and a time (ridge regression on 4,096 drawings).
+    The classifier is that of the probe: ridge regression on token means of 4,096 other drawings.
     """
-    shown = Shapes(32, 8, seed=1)
-    images = torch.stack([shown[i][0] for i in range(8)])
-    framed = COLOURS[:, :, None, None].expand(8, 3, 32, 32).clone()
-    framed[:, :, 3:-3, 3:-3] = images[:, :, 3:-3, 3:-3]
-    rows = [framed]
+    shown = Shapes(32, 24, seed=1)
+    images = torch.stack([shown[i][0] for i in range(24)])          # image i has class i % 8
+    rows = []
     train = Shapes(32, 4096, seed=2)
     train_images = torch.stack([train[i][0] for i in range(4096)])
     labels = F.one_hot(torch.arange(4096) % 8).double()
     for run in runs:
+        rows.append(images)
         model = load_tokenizer(f"{run}/last.pt")
-        tokens = []
-        for part in (train_images, images):
-            z, _ = model.encode(to_float(part))
-            tokens.append((z, sample_noise(len(part), range(len(part)), *z.shape[1:])))
+        read = probe_inputs(model, to_float(train_images), range(4096), seed=0)
+        read_shown = probe_inputs(model, to_float(images), range(5000, 5024), seed=0)
         for t in TIMES:
-            (x, noise), (seen, seen_noise) = tokens
-            x = F.pad(flow(x, noise, torch.full((len(x),), t)).double(), (0, 1), value=1.0)
-            y = labels[:, None].expand(-1, x.shape[1], -1)
-            x, y = x.flatten(0, 1), y.flatten(0, 1)
-            solution = torch.linalg.solve(x.T @ x + 1e-3 * (x.T @ x).diagonal().diag(), x.T @ y)
-            seen = F.pad(flow(seen, seen_noise, torch.full((len(seen),), t)).double(), (0, 1), value=1.0)
-            said = (seen @ solution).argmax(-1)                     # (8, N)
-            right = (said == torch.arange(8)[:, None]).double().mean()
-            print(f"{run}, t = {t}: {100 * right:.0f} % of the tokens shown name their class")
-            tiles = COLOURS[said].transpose(1, 2).unflatten(2, (4, 4))
-            rows.append(tiles.repeat_interleave(8, 2).repeat_interleave(8, 3))
-    save_grid(os.path.join(os.path.dirname(__file__), "effect.png"), torch.cat(rows), 8)
+            x, seen = read[f"probe_z_{t}"], read_shown[f"probe_z_{t}"]
+            solution = torch.linalg.solve(x.T @ x + 1e-3 * (x.T @ x).diagonal().diag(), x.T @ labels)
+            said = (seen @ solution).argmax(-1)
+            right = said == torch.arange(24) % 8
+            print(f"{run}, t = {t}: {right.sum()} of 24 read right")
+            rows.append(images[said] // torch.where(right, 1, 4)[:, None, None, None])
+    save_grid(os.path.join(os.path.dirname(__file__), "effect.png"), torch.cat(rows).to(torch.uint8), 24)
 
 
 if __name__ == "__main__":
