@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Reruns the tables and the picture of ablation.md, from the project's root:
-#     rm assets/ablation.csv; bash assets/ablation.sh          # seeds 0 1 2, hours; or: ablation.sh 0
+#     rm assets/ablation.csv; bash assets/ablation.sh          # seeds 0 1 2: 9 hours of one core; or: ablation.sh 0
 # What assets/ablation.csv already holds is not run again, and an interrupted run goes on. Two at once, of
 # different seeds, share the work of two cores (OMP_NUM_THREADS=1).
 set -euo pipefail
@@ -40,5 +40,11 @@ for seed in ${@:-0 1 2}; do                  # channels, with shift = sqrt(C / 4
     shift=1.414; row baseline8 --channels 8 --distill none $plain;   row rad8 --channels 8
     shift=2;     row uniform --schedule uniform;                     row lognormal --schedule lognormal
 done
+for seed in ${@:-0 1 2}; do                  # twice the steps of stage 1
+    row fsd_long --steps 8000 --mask_min 0 --mask_max 0
+    row rad_long --steps 8000
+done
 python assets/ablation.py tables
-python assets/ablation.py picture runs/baseline-0 runs/latent-0 runs/rad-0
+if [ -f runs/rad-1/last.pt ]; then           # the seed whose RecTok has the middle probe
+    python assets/ablation.py picture runs/baseline-1 runs/latent-1 runs/rad-1
+fi
