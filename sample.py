@@ -1,6 +1,6 @@
 """Images from a DiT and its tokenizer: a grid to look at, or many for the metrics.
 
-    python sample.py --dit out/dit/last.pt --classes 207 "golden retriever" --cfg 1.29    # writes grid.png
+    python sample.py --dit out/dit/last.pt --classes 207 360 --cfg 1.29                   # writes grid.png
     python sample.py --dit out/dit/last.pt --guide out/dit_s/last.pt --cfg 1.29           # AutoGuidance
     torchrun --nproc_per_node=8 sample.py --num_samples 50000 --save samples.npz          # for FID
 

@@ -271,7 +271,7 @@ def test_tokenizer_golden(authors_file):
     close(S1.kl_loss(mean, logvar), GOLDEN["kl"])
     close(model.decode(z), GOLDEN["decoded"])
     close(model.predict(z), GOLDEN["semantic"])
-    keep = T.random_keep(2, 16, 0.25, torch.from_numpy(np.random.RandomState(0).rand(2, 16)))
+    keep = T.random_visible(2, 16, 0.25, torch.from_numpy(np.random.RandomState(0).rand(2, 16)))
     assert keep.shape == (2, 12)
     mean, logvar = model.encode(x, keep)
     close(torch.cat([mean, logvar], -1), GOLDEN["masked_moments"])
@@ -490,12 +490,12 @@ def test_flow_ends():
     assert torch.allclose(z_t[2], 0.25 * z[2] + 0.75 * eps[2])
 
 
-def test_random_keep_is_the_k_smallest():
+def test_random_visible_is_the_k_smallest():
     ranks = torch.rand(5, 16)
-    keep = T.random_keep(5, 16, 0.3, ranks)
+    keep = T.random_visible(5, 16, 0.3, ranks)
     assert keep.shape == (5, 12)                                    # ceil(16 * 0.7)
     assert torch.equal(ranks.gather(1, keep).max(1).values, ranks.sort(1).values[:, 11])
-    assert T.random_keep(5, 16, 0.0).sort(1).values.equal(torch.arange(16).expand(5, -1))
+    assert T.random_visible(5, 16, 0.0).sort(1).values.equal(torch.arange(16).expand(5, -1))
 
 
 def test_config_sizes():
@@ -786,7 +786,7 @@ def test_cores_are_divided_once(monkeypatch):
 
 def test_hidden_pixels_cannot_matter():
     model, x = small(), noise("x", 2, 3, 32, 32)
-    keep = T.random_keep(2, 16, 0.5)
+    keep = T.random_visible(2, 16, 0.5)
     hidden = torch.ones(2, 16).scatter(1, keep, 0).view(2, 1, 4, 4)
     hidden = hidden.repeat_interleave(8, 2).repeat_interleave(8, 3)
     before, _ = model.encode(x, keep)
@@ -799,7 +799,7 @@ def test_hidden_pixels_cannot_matter():
 @pytest.mark.parametrize("semantic", ["nano", "mlp"])
 def test_order_of_keep_does_not_matter(semantic):
     model, z = small(semantic=semantic), noise("z", 2, 8, 8)
-    keep, order = T.random_keep(2, 16, 0.5), torch.randperm(8)
+    keep, order = T.random_visible(2, 16, 0.5), torch.randperm(8)
     for read in (model.decode, model.predict):
         assert torch.allclose(read(z, keep), read(z[:, order], keep[:, order]), atol=1e-5)
         assert not torch.allclose(read(z, keep), read(z, keep[:, order]), atol=1e-5)
@@ -902,7 +902,7 @@ def every_ratio(model):
     """What a tokenizer makes of 2 images at four mask ratios."""
     found = []
     for ratio in (0, 0.2, 0.4, 0.3):
-        keep = T.random_keep(2, 16, ratio, noise("k", 2, 16))
+        keep = T.random_visible(2, 16, ratio, noise("k", 2, 16))
         z, logvar = model.encode(noise("x", 2, 3, 32, 32), keep)
         found += [z, logvar, model.decode(z, keep), *model.predict_all(z, keep)]
     return found
@@ -970,7 +970,7 @@ def gradients(rank, world, share):
     objective = S1.data_parallel(S1.Objective(model, S1.parse(["--tiny"]), 1.0))
     images = noise("x", 8, 3, 32, 32).tanh()
     targets = noise("y", 8, 16, 12)
-    keep = T.random_keep(8, 16, 0.25, torch.from_numpy(np.random.RandomState(0).rand(8, 16)))
+    keep = T.random_visible(8, 16, 0.25, torch.from_numpy(np.random.RandomState(0).rand(8, 16)))
     t = torch.linspace(0.1, 0.9, 8)
     eps = noise("e", 8, 12, 8)
     weights = dict(pixel=1.0, kl=1e-4, semantic=1.0)
@@ -978,7 +978,7 @@ def gradients(rank, world, share):
     for number, first in enumerate(passes):
         mine = slice(first, first + share)
         objective.require_backward_grad_sync = number == len(passes) - 1
-        with (mock.patch.object(S1, "random_keep", lambda *_, **__: keep[mine]),
+        with (mock.patch.object(S1, "random_visible", lambda *_, **__: keep[mine]),
               mock.patch.object(S1, "sample_time", lambda *_, **__: t[mine]),
               mock.patch.object(torch, "randn", lambda *_, **__: eps[mine])):
             S1.train_micro_batch(objective, torch.nn.Identity(), [lambda _: targets[mine]], None,

@@ -42,6 +42,7 @@ from tqdm import tqdm
 #     z_t = t z + (1 - t) noise          velocity dz_t / dt = z - noise
 #
 # Stage 2 trains a DiT on z_t. So stage 1 trains the tokenizer on the same z_t, at the same t: that is RecTok.
+# (Stage 2 normalises z channel by channel first; stage 1 leaves its scale to the KL.)
 
 def latent_shift(N, C):
     """The timestep shift s for N tokens of C channels: a larger latent needs more noise to hide it."""
@@ -70,15 +71,15 @@ def flow(z, noise, t):
     return t * z + (1 - t) * noise
 
 
-def random_keep(B, N, ratio, noise=None, device=None):
-    """Indices of the VISIBLE patches, (B, K) long: a share `ratio` is hidden, K = ceil(N (1 - ratio)).
+def random_visible(B, N, hidden_share, noise=None, device=None):
+    """Indices of the VISIBLE patches, (B, K) long: K = ceil(N (1 - hidden_share)).
 
     They are the places of the K smallest of noise (B, N), given or drawn here: another set for each image,
     in no order.
     """
     if noise is None:
         noise = torch.rand(B, N, device=device)
-    K = math.ceil(N * (1 - ratio))
+    K = math.ceil(N * (1 - hidden_share))
     return noise.argsort(dim=1)[:, :K].contiguous()
 
 
@@ -126,7 +127,7 @@ class TokenizerConfig:
 class RecTok(nn.Module):
     """An encoder, a pixel decoder, and a semantic decoder for each teacher.
 
-    `keep` (B, K) holds the indices of the visible patches, in any order; None: all are visible, K = N.
+    `visible` (B, K) holds the indices of the visible patches, in any order; None: all are visible, K = N.
     """
 
     def __init__(self, config):
@@ -143,27 +144,27 @@ class RecTok(nn.Module):
             Decoder = SemanticMLP if config.semantic == "mlp" else SemanticDecoder
             self.sem_decoders = nn.ModuleList(Decoder(config, D) for D in config.teacher_dim)
 
-    def encode(self, images, keep=None):
+    def encode(self, images, visible=None):
         """images (B, 3, H, W) in [-1, 1] -> mean and log-variance of the posterior, (B, K, C) each."""
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             raise ValueError(f"images of {tuple(images.shape[-2:])} given to a tokenizer of {size} x {size}")
-        mean, logvar = self.encoder(images, keep).chunk(2, dim=-1)
+        mean, logvar = self.encoder(images, visible).chunk(2, dim=-1)
         return mean, logvar.clamp(-30, 20)
 
-    def decode(self, z, keep=None):
+    def decode(self, z, visible=None):
         """z (B, K, C), clean or z_t -> images (B, 3, H, W), in [-1, 1] but for overshoot."""
-        return self.decoder(z, keep)
+        return self.decoder(z, visible)
 
-    def predict_all(self, z, keep=None):
+    def predict_all(self, z, visible=None):
         """z (B, K, C), clean or z_t -> [features (B, N, D) of a teacher, ...], for ALL N patches."""
         if self.config.semantic == "none":
             return []
-        return [decoder(z, keep) for decoder in self.sem_decoders]
+        return [decoder(z, visible) for decoder in self.sem_decoders]
 
-    def predict(self, z, keep=None):
+    def predict(self, z, visible=None):
         """As predict_all; with one teacher, its features themselves."""
-        features = self.predict_all(z, keep)
+        features = self.predict_all(z, visible)
         if not features:
             raise ValueError("this tokenizer has no semantic decoder (none trained, or dropped by stage 1b)")
         return features[0] if len(features) == 1 else features
@@ -183,13 +184,13 @@ class Encoder(nn.Module):
         self.ln_post = nn.RMSNorm(width, eps=1e-6)
         self.latent_head = nn.Linear(width, 2 * config.channels)
 
-    def forward(self, images, keep=None):
+    def forward(self, images, visible=None):
         patches = F.pixel_unshuffle(images, self.patch_size)        # (B, 3 p p, grid, grid)
         patches = patches.flatten(2).transpose(1, 2)                # (B, N, 3 p p)
-        patches = take_tokens(patches, keep)                        # RAD: hidden pixels go no further
+        patches = take_tokens(patches, visible)                     # RAD: hidden pixels go no further
         x = linear_by_conv(patches, self.patch_embed[0])
-        x = self.ln_pre(x + take_tokens(self.positional_embedding, keep))
-        x = self.ln_post(self.transformer(x, keep))
+        x = self.ln_pre(x + take_tokens(self.positional_embedding, visible))
+        x = self.ln_post(self.transformer(x, visible))
         return self.latent_head(x)
 
 
@@ -211,8 +212,8 @@ class PixelDecoder(nn.Module):
         self.ffn = nn.Sequential(nn.Identity(), to_pixels)          # published as ffn.1
         self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
 
-    def forward(self, z, keep=None):
-        x = fill_hidden(self.decoder_embed(z), keep, self.mask_token, self.grid ** 2)
+    def forward(self, z, visible=None):
+        x = fill_hidden(self.decoder_embed(z), visible, self.mask_token, self.grid ** 2)
         x = self.ln_pre(x + self.positional_embedding)
         x = self.ln_post(self.transformer(x))
         x = linear_by_conv(x, self.ffn[1])                          # (B, N, p p 3)
@@ -237,8 +238,8 @@ class SemanticDecoder(nn.Module):
         self.ln_post = nn.RMSNorm(width, eps=1e-6)
         self.out = nn.Linear(width, teacher_dim)
 
-    def forward(self, z, keep=None):
-        x = fill_hidden(self.token_embedding(z), keep, self.mask_embedding, self.N)
+    def forward(self, z, visible=None):
+        x = fill_hidden(self.token_embedding(z), visible, self.mask_embedding, self.N)
         x = self.ln_pre(x + self.positional_embedding)
         x = self.ln_post(self.transformer(x))
         return self.out(x)
@@ -254,8 +255,8 @@ class SemanticMLP(nn.Module):
         self.mask_embedding = nn.Parameter(torch.zeros(1, 1, C))
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, teacher_dim))
 
-    def forward(self, z, keep=None):
-        return self.mlp(fill_hidden(z, keep, self.mask_embedding, self.N))
+    def forward(self, z, visible=None):
+        return self.mlp(fill_hidden(z, visible, self.mask_embedding, self.N))
 
 
 # ---------------------------------------------------------------- what it is built of (partly also the DiT)
@@ -272,13 +273,13 @@ def take_tokens(x, index):
     return x.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, W))
 
 
-def fill_hidden(x, keep, token, N):
-    """Visible x (B, K, W) at their places keep (B, K), the learned `token` (1, 1, W) elsewhere: (B, N, W)."""
-    if keep is None:
+def fill_hidden(x, visible, token, N):
+    """x (B, K, W) at its places `visible` (B, K), the learned `token` (1, 1, W) elsewhere: (B, N, W)."""
+    if visible is None:
         return x
     B, K, W = x.shape
     full = token.to(x.dtype).expand(B, N, W)
-    return full.scatter(1, keep[..., None].expand(B, K, W), x)
+    return full.scatter(1, visible[..., None].expand(B, K, W), x)
 
 
 def linear_by_conv(x, conv):
@@ -301,11 +302,11 @@ class Transformer(nn.ModuleList):
         self.register_buffer("rope", rope, persistent=False)
         self.compiled = False                                       # set by compile_blocks
 
-    def forward(self, x, keep=None):
-        """x (B, K, W), the tokens at places keep (B, K) or all N -> the same shape."""
+    def forward(self, x, visible=None):
+        """x (B, K, W), the tokens at places `visible` (B, K) or all N -> the same shape."""
         rope = self.rope                                            # (2, N, d)
-        if keep is not None:
-            rope = self.rope[:, keep]                               # (2, B, K, d)
+        if visible is not None:
+            rope = self.rope[:, visible]                            # (2, B, K, d)
             if self.compiled:                                       # one graph for any K, from the start
                 torch._dynamo.maybe_mark_dynamic(x, 1)
                 torch._dynamo.maybe_mark_dynamic(rope, 2)

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train_dit.py ... --size S --stop_at 37535 --out out/dit_s  # guide: 30 epochs
 
 Running the same command again goes on from --out/last.pt. The published figures at 80 and 600 epochs are
-snapshots of one 800-epoch schedule: leave --epochs and use --stop_at.
+snapshots of one 800-epoch schedule: do not set --epochs but --stop_at.
 """
 import argparse
 import hashlib
@@ -74,7 +74,7 @@ def parse(argv=None):
     add("--grad_checkpoint", action="store_true",
         help="recompute the blocks: less memory, a third slower")
     add("--label_dropout", type=float, default=0.1, help="share of labels replaced by the null class")
-    add("--lr", type=float, default=2e-4, help="constant for 5 %% of training, then linear to a tenth")
+    add("--lr", type=float, default=2e-4, help="constant for 5 %% of training, then linear to a tenth; whatever --batch")
     add("--sample_every", type=int, default=5000,
         help="steps between EMA sample grids, from the same noise")
     add("--eval_num", type=int, default=50000, help="samples of a score")

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from fid import Features, open_reference, score_tokenizer
 from tokenizer import (DINO, SIGNALS, SIZES, ImageFolder, RecTok, Shapes, TokenizerConfig, atomic,
                        compile_blocks, cores, flow, ignore_signals, latent_shift, load_named, load_teacher,
-                       load_tokenizer, naming, print_once, progress, random_keep, rank_and_world,
+                       load_tokenizer, naming, print_once, progress, random_visible, rank_and_world,
                        read_tokenizer, read_weights, run_script, sample_noise, sample_time, save_grid,
                        seed_of, start, to_float, to_uint8, training_precision, weight_file)
 
@@ -80,7 +80,7 @@ class Objective(nn.Module):
         # The draws. main has seeded the generators from (seed, step, rank, micro-step).
         hidden_share = args.mask_min + (args.mask_max - args.mask_min) * torch.rand(()).item()
         hidden_share = max(0.0, hidden_share)               # one for this micro-batch; 0 in 1 of 5
-        visible = random_keep(B, N, hidden_share, device=device)    # (B, K) indices, other ones each image
+        visible = random_visible(B, N, hidden_share, device=device)    # (B, K) indices, other ones each image
         K = visible.shape[1]
         t = sample_time(B, self.shift, schedule=args.schedule, device=device)    # (B,): one an image
         eps = torch.randn(B, K, C, device=device)           # for the posterior: one a token and channel
@@ -112,7 +112,7 @@ class Objective(nn.Module):
             if args.target == "hidden":
                 only = torch.ones(B, N, device=device).scatter(1, visible, 0.0)
             each = [semantic_loss(f, y, args.semantic_loss, only) for f, y in zip(features, targets)]
-            losses["semantic"] = sum(each) / len(each)                # --w_semantic 1: 1 - cosine
+            losses["semantic"] = sum(each) / len(each)                # --w_semantic 1: the mean teacher's
         if discriminator is not None:
             losses["gan"] = -discriminator(fake).float().mean()       # --w_gan 0.1
         return losses, real, fake
@@ -160,6 +160,7 @@ def semantic_loss(pred, target, kind="cosine", only=None):
         loss = ((pred - target) ** 2).mean(-1)
     if only is None:
         return loss.mean()
+    only = only.expand_as(loss)
     return (loss * only).sum() / only.sum().clamp(min=1)
 
 
