@@ -2081,7 +2081,7 @@ def test_ablation_commands_are_understood():
     assert done.returncode == 0, done.stderr
     commands = [line.split("\037")[:-1] for line in done.stdout.split("\n")]
     commands = [command for command in commands if command]
-    assert len(commands) > 3 * 30                    # 15 rows, both stages, 3 seeds
+    assert len(commands) > 3 * 34                    # 17 rows, both stages, 3 seeds
     for script, *flags in commands:
         SCRIPTS[script].check(SCRIPTS[script].parse(flags))
 

@@ -38,7 +38,8 @@ GROUPS = [
      "baseline32": "baseline, C = 32"},
     {"rad4": "RecTok, C = 4", "rad8": "RecTok, C = 8", "rad": "RecTok, C = 16", "rad32": "RecTok, C = 32"},
     {"rad": "shift 2", "uniform": "uniform", "lognormal": "lognormal"},
-    {"fsd_long": "FSD, 8,000 steps", "rad_long": "FSD + RAD, 8,000 steps"}]
+    {"fsd_long": "FSD, 8,000 steps", "rad_long": "FSD + RAD, 8,000 steps",
+     "rad4_long": "the same, C = 4", "rad32_long": "the same, C = 32"}]
 HEADER = ("| | seeds | PSNR | rFD | probe on z_t, t = 1, 0.75, 0.5, 0.25 | on the semantic decoder's output | gFD | "
           "with CFG 2 | agreement | with CFG 2 |")
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Reruns the tables and the picture of ablation.md, from the project's root:
-#     rm assets/ablation.csv; bash assets/ablation.sh          # seeds 0 1 2: 9 hours of one core; or: ablation.sh 0
+#     rm assets/ablation.csv; bash assets/ablation.sh          # seeds 0 1 2: 12 hours of one core; or: ablation.sh 0
 # What assets/ablation.csv already holds is not run again, and an interrupted run goes on. Two at once, of
 # different seeds, share the work of two cores (OMP_NUM_THREADS=1).
 set -euo pipefail
@@ -41,8 +41,9 @@ for seed in ${@:-0 1 2}; do                  # channels, with shift = sqrt(C / 4
     shift=2;     row uniform --schedule uniform;                     row lognormal --schedule lognormal
 done
 for seed in ${@:-0 1 2}; do                  # twice the steps of stage 1
-    row fsd_long --steps 8000 --mask_min 0 --mask_max 0
-    row rad_long --steps 8000
+    shift=2;     row fsd_long --steps 8000 --mask_min 0 --mask_max 0; row rad_long --steps 8000
+    shift=1;     row rad4_long --steps 8000 --channels 4
+    shift=2.828; row rad32_long --steps 8000 --channels 32
 done
 python assets/ablation.py tables
 if [ -f runs/rad-1/last.pt ]; then           # the seed whose RecTok has the middle probe
