@@ -8,21 +8,18 @@ A deep, narrow body sees the image once and conditions a shallow, wide head, tok
 2504.05741; RAE, arXiv 2510.11690). Letters: B images, N tokens, C latent channels, W width.
 """
 import math
-import os
 import re
 import warnings
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import (Attention, SwiGLU, atomic, axial_rope, fingerprint, flow, from_rank_0, load_named,
-                       local_batches, naming, own_config, print_once, rank_and_world, read_checkpoint,
-                       sample_noise, sample_time, to_float)
+from tokenizer import (Attention, SwiGLU, axial_rope, flow, linear_by_conv, load_named, naming, own_config,
+                       read_checkpoint, sample_noise, sample_time, time_grid, to_float)
 
 # ---------------------------------------------------------------- flow matching on the path of tokenizer.flow
 # z_t = t z + (1 - t) noise, so dz_t / dt = z - noise. The network learns this velocity; the sampler follows
@@ -41,9 +38,9 @@ def flow_loss(model, z, y, shift, noise=None, u=None):
     return ((v.float() - (z - noise)) ** 2).mean((1, 2))
 
 
-def sample(model, noise, y, steps, shift, cfg=1.0, interval=(0, 1), guide=None, solver="euler"):
+def sample(model, noise, y, steps, shift, **options):
     """noise (B, N, C), classes y (B,) -> latents (B, N, C), normalised: the end of sample_path."""
-    for _, z in sample_path(model, noise, y, steps, shift, cfg, interval, guide, solver):
+    for _, z in sample_path(model, noise, y, steps, shift, **options):
         pass
     return z
 
@@ -56,9 +53,6 @@ def sample_path(model, noise, y, steps, shift, cfg=1.0, interval=(0, 1), guide=N
     class (classifier-free guidance), or that of `guide`, a smaller, less trained DiT (AutoGuidance). solver:
     "euler", or "heun" (order 2, two evaluations a step). The authors' "50 steps" are 50 points: 49 here.
     """
-    if steps < 1 or not 1 <= cfg < math.inf or solver not in ("euler", "heun"):
-        raise ValueError(f"need steps >= 1, finite cfg >= 1, euler or heun; got {steps}, {cfg}, {solver!r}")
-
     def velocity(z, t):
         times = t.expand(len(z))
         v = model(z, times, y).float()
@@ -70,9 +64,7 @@ def sample_path(model, noise, y, steps, shift, cfg=1.0, interval=(0, 1), guide=N
             weak = model(z, times, torch.full_like(y, model.config.num_classes)).float()
         return weak + cfg * (v - weak)
 
-    u = torch.linspace(1, 0, steps + 1, device=noise.device)
-    times = sample_time(steps + 1, shift, u).clamp(0, 1)             # from 0, noise, to 1, data
-    assert times[0] == 0 and times[-1] == 1, "sample_time must give t = 0 at u = 1, and t = 1 at u = 0"
+    times = time_grid(steps, shift, noise.device)                   # from 0, noise, to 1, data
     z = noise
     for t, t_next in zip(times[:-1], times[1:]):
         yield t.item(), z
@@ -117,72 +109,25 @@ def latent_statistics(tokenizer, batches, of_means=False):
     batches: of (uint8 images (B, 3, H, W), labels), without flips; each process has its own share.
     """
     device = next(tokenizer.parameters()).device
-    C = tokenizer.config.channels
-    count = torch.zeros(C, dtype=torch.float64, device=device)
-    total, squares, posterior = torch.zeros(3, C, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, tokenizer.config.channels, dtype=torch.float64, device=device)
     for images, _ in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mean, logvar = tokenizer.encode(to_float(images.to(device)))
-        mean = mean.double().flatten(0, 1)                          # (B N, C)
-        count += len(mean)
-        total += mean.sum(0)
-        squares += (mean ** 2).sum(0)
-        posterior += logvar.double().flatten(0, 1).exp().sum(0)
+        mean, variance = mean.double(), logvar.double().exp()
+        squares = mean ** 2 if of_means else mean ** 2 + variance   # the expected square of a sample
+        sums += torch.stack([torch.ones_like(mean), mean, squares]).sum((1, 2))
     if dist.is_initialized():
-        for x in (count, total, squares, posterior):
-            dist.all_reduce(x)
+        dist.all_reduce(sums)
+    count, total, squares = sums
     mean = total / count
-    variance_of_means = (squares / count - mean ** 2).clamp(min=0)
-    variance = variance_of_means + posterior / count                # the law of total variance
-    empty = int((variance_of_means < 0.01 * variance).sum())
-    if empty:
-        print_once(f"notice: {empty} of {C} latent channels carry nothing (more than 99 % of their variance "
-                   "is the posterior's noise): the KL has emptied them; a smaller --w_kl fills them")
-    if of_means:
-        variance = variance_of_means
+    variance = squares / count - mean ** 2
     return mean.float(), variance.clamp(min=1e-12).sqrt().float()
-
-
-def kept_statistics(path, tokenizer, data, batch=64, workers=0, of_means=False):
-    """latent_statistics of a data set: read from the npz at `path`, or computed and written there."""
-    device = next(tokenizer.parameters()).device
-    mark = fingerprint(tokenizer)
-    stats = from_rank_0(lambda: read_statistics(path, tokenizer.config.channels, mark))
-    if stats is None:
-        batches = local_batches(data, batch, workers, desc="latent statistics")
-        stats = latent_statistics(tokenizer, batches, of_means)
-        rank, _ = rank_and_world()
-        if rank == 0:
-            mean, std = (x.cpu().numpy() for x in stats)
-            try:
-                with atomic(path) as f:
-                    np.savez(f, mean=mean, std=std, fingerprint=mark)
-            except OSError as error:
-                warnings.warn(f"latent statistics are not kept: {error}")
-    return stats[0].to(device), stats[1].to(device)
-
-
-def read_statistics(path, channels, mark):
-    """-> mean, std (C,) of an npz, or None where there is no file."""
-    if not os.path.exists(path):
-        return None
-    with naming(path, "an npz with the mean and std of latents"):
-        with np.load(path, allow_pickle=False) as file:
-            mean, std = (torch.from_numpy(file[k]).float().flatten() for k in ("mean", "std"))
-            other = "fingerprint" in file.files and str(file["fingerprint"]) != mark
-    if not (mean.isfinite().all() and (std > 0).all()):
-        raise ValueError(f"{path}: the mean must be finite and the std positive")
-    if len(mean) != channels or len(std) != channels:
-        raise ValueError(f"{path} has statistics of {len(mean)} channels, the tokenizer has {channels}")
-    if other:
-        warnings.warn(f"{path} has statistics of another tokenizer (other encoder weights)")
-    return mean, std
 
 
 # ---------------------------------------------------------------- the network
 
 PRESETS = {  # of body and head: width, depth, attention heads
-    "nano": dict(width=(128, 256),   depth=(4, 2),  heads=(4, 4)),      # ours, for --tiny
+    "nano": dict(width=(160, 192),   depth=(4, 1),  heads=(4, 4)),      # ours, for --tiny
     "S":    dict(width=(384, 2048),  depth=(12, 2), heads=(6, 16)),
     "B":    dict(width=(768, 2048),  depth=(12, 2), heads=(12, 16)),
     "L":    dict(width=(1024, 2048), depth=(24, 2), heads=(16, 16)),
@@ -200,11 +145,6 @@ class DiTConfig:
     num_classes: int = 1000             # the null class has the index num_classes
     qk_norm: bool = False               # RMSNorm on q and k, against late instability
 
-    def __post_init__(self):            # JSON and checkpoints give lists
-        self.width = tuple(self.width)
-        self.depth = tuple(self.depth)
-        self.heads = tuple(self.heads)
-
 
 class DiT(nn.Module):
     """z_t, t, class -> velocity."""
@@ -214,10 +154,12 @@ class DiT(nn.Module):
         self.config = config
         self.grad_checkpoint = False
         body, head = config.width
-        self.s_embedder = Projection(config.channels, body)             # z_t for the body
-        self.x_embedder = Projection(config.channels, head)             # z_t for the head
+        # z_t for the body and for the head: linear maps of tokens, published as 1x1 convolutions.
+        self.s_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.channels, body, 1)})
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.channels, head, 1)})
         self.t_embedder = TimeEmbedder(body)
-        self.y_embedder = ClassEmbedder(config.num_classes, body)
+        # The last class is the null class.
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, body)})
         self.s_projector = nn.Linear(body, head)
         blocks = []
         for width, depth, heads in zip(config.width, config.depth, config.heads):
@@ -233,11 +175,10 @@ class DiT(nn.Module):
 
     def initialize(self):
         for embedder in (self.x_embedder, self.s_embedder):
-            nn.init.xavier_uniform_(embedder.proj.weight.flatten(1))
-            nn.init.zeros_(embedder.proj.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight,
-                       self.t_embedder.mlp[2].weight):
-            nn.init.normal_(weight, std=0.02)
+            nn.init.xavier_uniform_(embedder["proj"].weight.flatten(1))
+            nn.init.zeros_(embedder["proj"].bias)
+        for layer in (self.y_embedder["embedding_table"], self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
         # Every block starts as the identity, and the output as zero.
         modulations = [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
         for layer in (*modulations, self.final_layer.linear):
@@ -247,12 +188,12 @@ class DiT(nn.Module):
     def forward(self, x, t, y):
         """x = z_t (B, N, C), t (B,) in [0, 1], y (B,) classes -> velocity (B, N, C)."""
         time = self.t_embedder(t)[:, None]                              # (B, 1, W_body)
-        c = F.silu(time + self.y_embedder(y)[:, None])
-        s = self.s_embedder(x) + self.positions
+        c = F.silu(time + self.y_embedder["embedding_table"](y)[:, None])
+        s = linear_by_conv(x, self.s_embedder["proj"]) + self.positions
         for block in self.blocks[:self.config.depth[0]]:
             s = self.run(block, s, c, self.rope_body)                   # c modulates all tokens alike
         s = self.s_projector(F.silu(time + s))                          # (B, N, W_head)
-        x = self.x_embedder(x)
+        x = linear_by_conv(x, self.x_embedder["proj"])
         for block in self.blocks[self.config.depth[0]:]:
             x = self.run(block, x, s, self.rope_head)  # s modulates each token by its own
         return self.final_layer(x, s)
@@ -309,28 +250,6 @@ class TimeEmbedder(nn.Module):
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
 
 
-class ClassEmbedder(nn.Module):
-    """Classes (B,) -> (B, W); the last row is the null class."""
-
-    def __init__(self, num_classes, width):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, y):
-        return self.embedding_table(y)
-
-
-class Projection(nn.Module):
-    """A linear map of tokens, stored as a 1x1 convolution, as published (proj.weight (W, C, 1, 1))."""
-
-    def __init__(self, channels, width):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, 1)
-
-    def forward(self, x):
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
-
-
 def axial_rope_eva(grid, d):
     """EVA's axial RoPE: integer places, and a frequency for each pair of adjacent channels."""
     freqs = 10000 ** (-torch.arange(d // 4) * 4 / d)
@@ -349,12 +268,11 @@ def sincos_positions(width, grid):
 
 # ---------------------------------------------------------------- loading
 
-def load_dit(path, config=None, ema=True, init=False):
+def load_dit(path, config=None, ema=True):
     """DiT in eval mode, from our checkpoints or the authors' ditdh*.pth: EMA weights, or raw (ema=False).
 
     The config comes from our file, or is inferred where the widths are a preset's; other files need `config`.
-    With `init`, a class table that does not fit is left fresh, but for the null class. `model.extras` is what
-    else our file holds: latent statistics, tokenizer path and fingerprint, class names, step.
+    A class table of another length is fresh, but for the null class. `model.extras` is what else our file holds: latent statistics, tokenizer path and fingerprint, class names, step.
     """
     file, state = read_checkpoint(path, ema)
     with naming(path, "a DiT-DH"):
@@ -363,7 +281,7 @@ def load_dit(path, config=None, ema=True, init=False):
         computed = r"freqs_(cos|sin)$|^pos_embed$"
         state = {n: w for n, w in state.items() if not re.search(computed, n)}
         table = "y_embedder.embedding_table.weight"
-        if init and len(state[table]) != config.num_classes + 1:
+        if len(state[table]) != config.num_classes + 1:
             warnings.warn(f"{path}: {len(state[table]) - 1} classes, here {config.num_classes}: "
                           "a fresh class table, with the null class of the file")
             fresh = model.state_dict()[table].clone()
@@ -379,10 +297,8 @@ def load_dit(path, config=None, ema=True, init=False):
 def config_from_shapes(state):
     """The config of a file that has none, from the shapes of its tensors."""
     width = (len(state["s_embedder.proj.weight"]), len(state["x_embedder.proj.weight"]))
-    heads = {}
-    for preset in PRESETS.values():
-        heads.setdefault(preset["width"], preset["heads"])
-    if width not in heads:
+    heads = [preset["heads"] for preset in PRESETS.values() if preset["width"] == width]
+    if not heads:
         raise ValueError(f"widths {width} are no preset: pass config=DiTConfig(...)")
     norms = [len(w) for n, w in state.items() if re.fullmatch(r"blocks\.\d+\.norm1\.weight", n)]
     grid = 16
@@ -393,6 +309,6 @@ def config_from_shapes(state):
         channels=state["s_embedder.proj.weight"].shape[1],
         width=width,
         depth=(norms.count(width[0]), norms.count(width[1])),
-        heads=heads[width],
+        heads=heads[0],
         num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
         qk_norm="blocks.0.attn.q_norm.weight" in state)

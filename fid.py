@@ -11,43 +11,36 @@ always printed beside it.
 """
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
-import re
-import warnings
-import zipfile
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import Subset
 
-from tokenizer import (ImageFolder, Shapes, atomic, cores, flow, load_named, load_teacher, local_batches,
-                       naming, print_once, rank_and_world, read_weights, run_script, sample_noise, start,
-                       to_float, to_uint8, weight_file)
+from tokenizer import (COUNT, ImageFolder, Shapes, atomic, cores, flow, load_named, load_teacher, local_batches,
+                       naming, print_once, read_weights, run_script, sample_noise, start, this_rank,
+                       to_float, to_uint8, weight_file, weights_hash, world_size)
 
 # ---------------------------------------------------------------- scores of two sets of images
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), in float64 (Heusel et al. 2017). mu (D,), sigma (D, D).
 
-    With S1 = L L^T, S1 S2 has the eigenvalues of the symmetric L^T S2 L: real, non-negative, and cheap. A
-    singular S1 (fewer samples than features) has no Cholesky factor; its eigenvectors give another L.
+    With S1 = L L^T, S1 S2 has the eigenvalues of the symmetric L^T S2 L: real and non-negative, also where
+    there are fewer samples than features.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x).double() for x in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape:
         raise ValueError(f"statistics of {len(mu1)} features against statistics of {len(mu2)}")
     if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("non-finite statistics")
-    L, failed = torch.linalg.cholesky_ex(sigma1)
-    if failed:                                                      # singular
-        values, vectors = torch.linalg.eigh(sigma1)
-        L = vectors * values.clamp(min=0).sqrt()
+    values, vectors = torch.linalg.eigh(sigma1)
+    L = vectors * values.clamp(min=0).sqrt()
     root = torch.linalg.eigvalsh(L.T @ sigma2 @ L).clamp(min=0).sqrt().sum()
     return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root).item()
 
@@ -82,36 +75,26 @@ def precision_recall(real, fake, k=3, block=2000):
     return precision.float().mean().item(), recall.float().mean().item()
 
 
-class Moments:
-    """Running mean and covariance of features (n, D), in float64 sums: never all features in memory."""
-
-    def __init__(self, width, device="cpu"):
-        self.n = torch.zeros((), dtype=torch.float64, device=device)
-        self.sum = torch.zeros(width, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(width, width, dtype=torch.float64, device=device)
-
-    def add(self, features):
-        features = features.double()
-        self.n += len(features)
-        self.sum += features.sum(0)
-        self.outer.addmm_(features.T, features)
-
-    def result(self):
-        """-> {mu (D,), sigma (D, D), n}, over all processes."""
-        add_up(self.n, self.sum, self.outer)
-        n, width = int(self.n), len(self.sum)
-        if n < 2:
-            raise ValueError(f"{n} images: 2 are needed")
-        if not self.outer.isfinite().all():
-            raise ValueError("non-finite features")
-        rank, _ = rank_and_world()
-        if n < width and rank == 0:
-            warnings.warn(f"{n} images for {width} features: the covariance is singular and the Frechet "
-                          "distance biased upwards; use more images")
-        mu = self.sum / self.n
-        # Unbiased, as np.cov.
-        sigma = (self.outer - self.n * torch.outer(mu, mu)) / (self.n - 1)
-        return {"mu": mu.cpu().numpy(), "sigma": sigma.cpu().numpy(), "n": n}
+def moments(features):
+    """This process's features (n, D) -> {mu (D,), sigma (D, D), n} of those of all, in float64."""
+    n, width = features.shape
+    number = torch.tensor(float(n), dtype=torch.float64, device=features.device)
+    total = torch.zeros(width, dtype=torch.float64, device=features.device)
+    outer = torch.zeros(width, width, dtype=torch.float64, device=features.device)
+    for part in features.split(5000):                               # never all of them in float64
+        part = part.double()
+        total += part.sum(0)
+        outer.addmm_(part.T, part)
+    add_up(number, total, outer)
+    n = int(number)
+    if n < 2 or not outer.isfinite().all():
+        raise ValueError(f"{n} images: two with finite features are needed")
+    if n < width:
+        print_once(f"warning: {n} images for {width} features: the covariance is singular and the Frechet "
+                   "distance biased upwards; use more images")
+    mu = total / n
+    sigma = (outer - n * torch.outer(mu, mu)) / (n - 1)             # unbiased, as np.cov
+    return {"mu": mu.cpu().numpy(), "sigma": sigma.cpu().numpy(), "n": n}
 
 
 def add_up(*tensors):
@@ -139,22 +122,17 @@ def score_tokenizer(model, train, held_out, title, features=None, reference=None
                     workers=0):
     """All of them -> {name: number}, printed with their recipe. train: the training images without flips."""
     scores = evaluate(model, held_out, features, reference, lpips, workers)
-    against = f"; {features.name} features, against the originals" if features else ""
-    line = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    print_once(f"{line} ({len(held_out)} {title}; EMA, posterior means{against})")
-    if reference:
-        print_once(f"r{features.score}_reference: against {reference['name']}{reference['resized']}")
-    if held_out.classes != train.classes or len(train.classes) < 2:      # a flat folder has no labels
+    if held_out.classes == train.classes and len(train.classes) > 1:            # a flat folder has no labels
+        scores |= linear_probe(model, train, held_out, seed, workers)
+    else:
         print_once("no linear probe: it needs the same class folders in the training and the held-out images")
-        return scores
-    probed = linear_probe(model, train, held_out, seed, workers)
-    print_once("linear probe, % right (our own protocol)" + "".join(f"{t:8.2f}" for t in PROBE_TIMES))
-    for kind, what in (("z", "on the flow z_t"), ("semantic", "on the semantic decoder's output")):
-        values = [f"{100 * value:8.1f}" for name, value in probed.items()
-                  if name.startswith(f"probe_{kind}_")]
-        if values:
-            print_once(f"{what:>40}{''.join(values)}")
-    return scores | probed
+    line = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    kind = "TRAINING images (no val folder)" if held_out is train else "held-out images"
+    against = f"; {features.name} features, against the originals" if features else ""
+    if reference:
+        against += f", and for _reference against {reference['name']}"
+    print_once(f"{line} ({len(held_out)} {kind}, {title}; EMA, posterior means{against})")
+    return scores
 
 
 @torch.no_grad()
@@ -163,44 +141,29 @@ def evaluate(model, data, features=None, reference=None, lpips=None, workers=0):
     of clamped floats; of rounded images rFID against the originals (rFD for other features), the same
     against `reference` (of open_reference), and IS."""
     device = next(model.parameters()).device
-    count = torch.zeros((), dtype=torch.float64, device=device)
-    sums = {name: torch.zeros_like(count) for name in ("psnr", "ssim", "lpips")}
-    if lpips is None:
-        del sums["lpips"]
-    moments = []                            # of the originals, the reconstructions, and those resized
-    if features:
-        moments = [Moments(features.width, device) for _ in range(3)]
-    logits = []
+    measures = {"psnr": psnr, "ssim": ssim}
+    if lpips is not None:
+        measures["lpips"] = lambda real, fake: lpips(real * 2 - 1, fake * 2 - 1)
+    sums = torch.zeros(len(measures), dtype=torch.float64, device=device)
+    originals, decoded = [], []                                     # features, batch by batch
     for images, _ in local_batches(data, workers=workers):
         images = images.to(device)                                  # uint8 (B, 3, H, W)
         real = to_float(images) * 0.5 + 0.5                         # [0, 1]
         mean, _ = model.encode(to_float(images))
         fake = (model.decode(mean).float() * 0.5 + 0.5).clamp(0, 1)
-        count += len(images)
-        sums["psnr"] += psnr(real, fake).double().sum()
-        sums["ssim"] += ssim(real, fake).double().sum()
-        if lpips is not None:
-            sums["lpips"] += lpips(real * 2 - 1, fake * 2 - 1).double().sum()
+        sums += torch.stack([measure(real, fake).double().sum() for measure in measures.values()])
         if features:
-            # What a file of the image would hold.
-            rounded = to_uint8(fake * 2 - 1)
-            moments[0].add(features(images)[0])
-            found, last = features(rounded)
-            moments[1].add(found)
-            if last is not None:
-                logits.append(last.cpu())
-            if reference:
-                moments[2].add(features(resize(rounded, reference["image_size"]))[0])
-    add_up(count, *sums.values())
-    scores = {name: (total / count).item() for name, total in sums.items()}
+            originals.append(features(images))
+            decoded.append(features(to_uint8(fake * 2 - 1)))        # what a file of the image would hold
+    add_up(sums)
+    scores = dict(zip(measures, (sums / len(data)).tolist()))
     if features:
-        original, decoded = moments[0].result(), moments[1].result()
-        name = "r" + features.score
-        scores[name] = frechet(decoded, original)
+        found = collect(decoded)
+        scores[f"r{features.score}"] = frechet(found, collect(originals))
         if reference:
-            scores[f"{name}_reference"] = frechet(moments[2].result(), reference)
+            scores[f"r{features.score}_reference"] = frechet(found, reference)
         if features.inception and len(data) >= 10:
-            scores["IS"], _ = inception_score(in_order(logits, len(data)))
+            scores["IS"], _ = inception_score(in_order(found["logits"], len(data)))
     return scores
 
 
@@ -232,17 +195,6 @@ def ssim(a, b):
     return (luminance * contrast).mean((1, 2, 3))
 
 
-def resize(images, size):
-    """uint8 images (B, 3, H, W) -> size x size by Lanczos: the released evaluation brings 512 px to 256."""
-    if size in (None, images.shape[-1]):
-        return images
-    small = []
-    for image in images.permute(0, 2, 3, 1).cpu().numpy():
-        image = Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS)
-        small.append(torch.from_numpy(np.array(image)))
-    return torch.stack(small).permute(0, 3, 1, 2).to(images.device)
-
-
 PROBE_TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
@@ -257,127 +209,106 @@ def linear_probe(model, train, held_out, seed, workers=0, max_images=100_000):
     cross-entropy, Adam, one epoch, raw weights. Another fit, so the numbers are not comparable.
     """
     device = next(model.parameters()).device
-    rank, world = rank_and_world()
-    step = math.ceil(len(train) / max_images)
-    train_part = Subset(train, range(0, len(train), step))
-    if min(len(train_part), len(held_out)) < world:
-        raise ValueError(f"the linear probe needs an image for each of {world} processes in both sets")
+    train_part = Subset(train, range(0, len(train), math.ceil(len(train) / max_images)))
 
     def batches(data, first, size=64):
-        """This process's share -> {name: inputs (B, D + 1)}, labels. first: keeps the noise of sets apart."""
+        """Its share of a set -> {kind: inputs (T, B, D + 1)}, one-hot labels. first: where the set's noise begins."""
         for number, (images, labels) in enumerate(local_batches(data, size, workers)):
-            places = [first + rank + world * (size * number + j) for j in range(len(labels))]  # in the set
-            yield probe_inputs(model, to_float(images.to(device)), places, seed), labels.to(device)
+            places = first + this_rank() + world_size() * (size * number + np.arange(len(labels)))  # in the set
+            inputs = probe_inputs(model, to_float(images.to(device)), places, seed)
+            yield inputs, F.one_hot(labels.to(device), len(train.classes)).double()
 
-    # The sums of x x^T and of x y^T, for x the inputs and y the one-hot labels.
-    xx, xy = {}, {}
-    for inputs, labels in batches(train_part, 0):
-        one_hot = F.one_hot(labels, len(train.classes)).double()
-        for name, x in inputs.items():
-            xx[name] = xx.get(name, 0) + x.T @ x
-            xy[name] = xy.get(name, 0) + x.T @ one_hot
+    xx, xy = {}, {}                                                 # the sums of x x^T and of x y^T
+    for inputs, y in batches(train_part, 0):
+        for kind, x in inputs.items():
+            xx[kind] = xx.get(kind, 0) + x.mT @ x
+            xy[kind] = xy.get(kind, 0) + x.mT @ y
     add_up(*xx.values(), *xy.values())
-    solution = {}                                                   # (D + 1, classes) by name
-    for name in xx:
-        ridge = 1e-3 * xx[name].diagonal() + 1e-9                   # relative to each feature's scale
-        solution[name] = torch.linalg.solve(xx[name] + ridge.diag(), xy[name])
-    hits = {name: torch.zeros((), dtype=torch.float64, device=device) for name in xx}
-    for inputs, labels in batches(held_out, 10 ** 8):
-        for name, x in inputs.items():
-            hits[name] += ((x @ solution[name]).argmax(1) == labels).sum()
+    solution, hits = {}, {}
+    for kind in xx:
+        ridge = 1e-3 * xx[kind].diagonal(dim1=1, dim2=2) + 1e-9     # relative to each feature's scale
+        solution[kind] = torch.linalg.solve(xx[kind] + ridge.diag_embed(), xy[kind])    # (T, D + 1, classes)
+    for inputs, y in batches(held_out, 10 ** 8):
+        for kind, x in inputs.items():
+            right = (x @ solution[kind]).argmax(-1) == y.argmax(-1)                     # (T, B)
+            hits[kind] = hits.get(kind, 0) + right.double().sum(1)
     add_up(*hits.values())
-    return {name: (count / len(held_out)).item() for name, count in hits.items()}
+    return {f"probe_{kind}_{t}": (count / len(held_out)).item()
+            for kind in hits for t, count in zip(PROBE_TIMES, hits[kind])}
 
 
 def probe_inputs(model, images, places, seed):
-    """What the classifiers of linear_probe read: token means with a 1 appended, {name: (B, D + 1)}."""
+    """What the classifiers of linear_probe read: token means with a 1 appended, (T, B, D + 1) by kind, for the
+    T times of PROBE_TIMES."""
     z, _ = model.encode(images)
     noise = sample_noise(seed, places, *z.shape[1:]).to(z.device)
-    found = {}
-    for t in PROBE_TIMES:
-        z_t = flow(z, noise, torch.full((len(z),), t, device=z.device))     # (B, N, C)
-        read = {"z": z_t}
-        if model.config.semantic != "none":
-            read["semantic"] = model.predict_all(z_t)[0]
-        for kind, x in read.items():
-            found[f"probe_{kind}_{t}"] = F.pad(x.double().mean(1), (0, 1), value=1.0)
-    return found
+    flows = [flow(z, noise, torch.full((len(z),), t, device=z.device)) for t in PROBE_TIMES]
+    read = {"z": flows}                                             # (B, N, C) each
+    if model.config.semantic != "none":
+        read["semantic"] = [model.sem_decoders[0](z_t) for z_t in flows]
+    return {kind: F.pad(torch.stack(x).double().mean(2), (0, 1), value=1.0) for kind, x in read.items()}
 
 
 # ---------------------------------------------------------------- from images to features
 
 class Features:
-    """inception, a teacher's name or its file: uint8 images -> features (B, D), logits (B, 1008) or None."""
+    """inception, a teacher's name or its file: uint8 images -> features (B, D), logits (B, 1008) or (B, 0)."""
 
     def __init__(self, name, weights, device):
         self.inception = name == "inception"
         self.net = (InceptionV3(weights) if self.inception else load_teacher(name, weights)).to(device)
         self.width = 2048 if self.inception else self.net.width
         self.device = device
-        self.score = "FID" if self.inception else "FD"  # only Inception's distance is called FID
+        self.score = "FID" if self.inception else "FD"              # only Inception's distance is called FID
         self.name = name
-        if os.path.isfile(name):  # known by its content, not by its path
-            self.name = f"{os.path.basename(name)} {hashlib.sha256(open(name, 'rb').read()).hexdigest()[:8]}"
+        self.head = None                                            # a teacher.pt has one, for Shapes' classes
+        if os.path.isfile(name):                                    # known by its weights, not by its path
+            self.name = f"{os.path.basename(name)} {weights_hash(self.net)[:8]}"
+            self.head = read_weights(name).get("head")
         if weights == "random":
-            warnings.warn(f"{name} with RANDOM weights: its scores mean nothing")
+            print_once(f"warning: {name} with RANDOM weights: its scores mean nothing")
             self.name += " (RANDOM)"
 
     @torch.inference_mode()
     def __call__(self, images):
+        images = images.to(self.device)
         if self.inception:
             return self.net(images)
         with exact_float32():
             cls, _ = self.net.features(to_float(images))            # FD on the class token
-            return cls, None
+        return cls, cls[:, :0]
 
 
-def extract(features, batches, total, keep=False):
-    """Batches of uint8 images, each process its share of `total` -> {mu, sigma, n, logits (total, 1008) or
-    None, rows: the features (total, D) if `keep`}."""
-    moments = Moments(features.width, features.device)
-    logits, rows = [], []
-    for images in batches:
-        found, last = features(images.to(features.device))
-        moments.add(found)
-        if last is not None:
-            logits.append(last.cpu())
-        if keep:
-            rows.append(found.cpu())
-    return moments.result() | {"logits": in_order(logits, total), "rows": in_order(rows, total)}
+def collect(batches):
+    """What Features gave for this process's batches -> its rows (n, D) and logits; mu, sigma, n of all."""
+    if not batches:
+        raise ValueError("fewer images than processes")
+    rows, logits = (torch.cat(parts) for parts in zip(*batches))
+    return moments(rows) | {"rows": rows, "logits": logits}
 
 
-def extract_data(features, data, batch=64, workers=0, keep=False):
-    """The same of a data set."""
-    try:
-        batches = local_batches(data, batch, workers, features.name)
-        found = extract(features, (images for images, _ in batches), len(data), keep)
-    except RuntimeError as error:
-        if "equal size" in str(error):
-            raise ValueError(f"{data.root} holds images of different sizes: give --image_size") from error
-        raise
+def extract_data(features, data, batch=64, workers=0):
+    """collect() of a data set."""
+    if not isinstance(data, ImageFolder):                           # they lie in memory
+        workers = 0
+    found = [features(images) for images, _ in local_batches(data, batch, workers, features.name)]
     if hasattr(data, "bad"):                                        # a replaced image would count twice
         bad = data.bad.double().to(features.device)
         add_up(bad)
         if bad:
             raise ValueError(f"{int(bad)} unreadable images in {data.root}, named above: remove them")
-    return found
+    return collect(found)
 
 
-def in_order(parts, n):
-    """The rows that the processes found for their shares, in the order of the data set, (n, ...); or None."""
-    rows = torch.cat(parts) if parts else None
-    _, world = rank_and_world()
-    if world == 1:
+def in_order(rows, n):
+    """The rows of all processes, (n, ...): each had the images rank, rank + world, ... of the data set."""
+    if world_size() == 1:
         return rows
-    everyone = [None] * world
-    dist.all_gather_object(everyone, rows)  # a process may have none, all take part
-    some = [part for part in everyone if part is not None]
-    if not some:
-        return None
-    out = torch.empty(n, some[0].shape[1])
-    for rank, part in enumerate(everyone):                          # it had images rank, rank + world, ...
-        if part is not None:
-            out[rank::world] = part
+    everyone = [None] * world_size()
+    dist.all_gather_object(everyone, rows.cpu())
+    out = torch.empty(n, rows.shape[1])
+    for rank, part in enumerate(everyone):
+        out[rank::world_size()] = part
     return out
 
 
@@ -395,11 +326,11 @@ class InceptionV3(nn.Module):
     def __init__(self, weights="weights"):
         super().__init__()
         self.stem = convolutions(
-            ("Conv2d_1a_3x3", 3, 32, 3, 2),
-            ("Conv2d_2a_3x3", 32, 32, 3),
-            ("Conv2d_2b_3x3", 32, 64, 3, 1, 1),
+            ("Conv2d_1a_3x3", 3, 32, 3, 2, 0),
+            ("Conv2d_2a_3x3", 32, 32, 3, 1, 0),
+            ("Conv2d_2b_3x3", 32, 64, 3),
             ("Conv2d_3b_1x1", 64, 80, 1),
-            ("Conv2d_4a_3x3", 80, 192, 3))
+            ("Conv2d_4a_3x3", 80, 192, 3, 1, 0))
         self.mixed = nn.ModuleDict({
             "5b": block_a(192, 32), "5c": block_a(256, 64), "5d": block_a(288, 64),
             "6a": block_b(),
@@ -472,66 +403,67 @@ def chain(block, names, x):
 
 
 def convolutions(*rows):
-    """Rows of (name, in, out, kernel[, stride[, padding]]). BatchNorm is folded into each convolution."""
-    return nn.ModuleDict({name: nn.Conv2d(*shape) for name, *shape in rows})
+    """Rows of (name, in, out, kernel[, stride, padding]); by default the size stays. BatchNorm is folded in."""
+    block = nn.ModuleDict()
+    for name, channels_in, channels_out, kernel, *more in rows:
+        stride, padding = more or (1, "same")
+        block[name] = nn.Conv2d(channels_in, channels_out, kernel, stride, padding)
+    return block
 
 
 def block_a(n, pool):
     return convolutions(
         ("branch1x1", n, 64, 1),
         ("branch5x5_1", n, 48, 1),
-        ("branch5x5_2", 48, 64, 5, 1, 2),
+        ("branch5x5_2", 48, 64, 5),
         ("branch3x3dbl_1", n, 64, 1),
-        ("branch3x3dbl_2", 64, 96, 3, 1, 1),
-        ("branch3x3dbl_3", 96, 96, 3, 1, 1),
+        ("branch3x3dbl_2", 64, 96, 3),
+        ("branch3x3dbl_3", 96, 96, 3),
         ("branch_pool", n, pool, 1))
 
 
 def block_b():
     return convolutions(
-        ("branch3x3", 288, 384, 3, 2),
+        ("branch3x3", 288, 384, 3, 2, 0),
         ("branch3x3dbl_1", 288, 64, 1),
-        ("branch3x3dbl_2", 64, 96, 3, 1, 1),
-        ("branch3x3dbl_3", 96, 96, 3, 2))
+        ("branch3x3dbl_2", 64, 96, 3),
+        ("branch3x3dbl_3", 96, 96, 3, 2, 0))
 
 
 def block_c(c):
-    row, column = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
     return convolutions(
         ("branch1x1", 768, 192, 1),
         ("branch7x7_1", 768, c, 1),
-        ("branch7x7_2", c, c, *row),
-        ("branch7x7_3", c, 192, *column),
+        ("branch7x7_2", c, c, (1, 7)),
+        ("branch7x7_3", c, 192, (7, 1)),
         ("branch7x7dbl_1", 768, c, 1),
-        ("branch7x7dbl_2", c, c, *column),
-        ("branch7x7dbl_3", c, c, *row),
-        ("branch7x7dbl_4", c, c, *column),
-        ("branch7x7dbl_5", c, 192, *row),
+        ("branch7x7dbl_2", c, c, (7, 1)),
+        ("branch7x7dbl_3", c, c, (1, 7)),
+        ("branch7x7dbl_4", c, c, (7, 1)),
+        ("branch7x7dbl_5", c, 192, (1, 7)),
         ("branch_pool", 768, 192, 1))
 
 
 def block_d():
-    row, column = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
     return convolutions(
         ("branch3x3_1", 768, 192, 1),
-        ("branch3x3_2", 192, 320, 3, 2),
+        ("branch3x3_2", 192, 320, 3, 2, 0),
         ("branch7x7x3_1", 768, 192, 1),
-        ("branch7x7x3_2", 192, 192, *row),
-        ("branch7x7x3_3", 192, 192, *column),
-        ("branch7x7x3_4", 192, 192, 3, 2))
+        ("branch7x7x3_2", 192, 192, (1, 7)),
+        ("branch7x7x3_3", 192, 192, (7, 1)),
+        ("branch7x7x3_4", 192, 192, 3, 2, 0))
 
 
 def block_e(n):
-    row, column = ((1, 3), 1, (0, 1)), ((3, 1), 1, (1, 0))
     return convolutions(
         ("branch1x1", n, 320, 1),
         ("branch3x3_1", n, 384, 1),
-        ("branch3x3_2a", 384, 384, *row),
-        ("branch3x3_2b", 384, 384, *column),
+        ("branch3x3_2a", 384, 384, (1, 3)),
+        ("branch3x3_2b", 384, 384, (3, 1)),
         ("branch3x3dbl_1", n, 448, 1),
-        ("branch3x3dbl_2", 448, 384, 3, 1, 1),
-        ("branch3x3dbl_3a", 384, 384, *row),
-        ("branch3x3dbl_3b", 384, 384, *column),
+        ("branch3x3dbl_2", 448, 384, 3),
+        ("branch3x3dbl_3a", 384, 384, (1, 3)),
+        ("branch3x3dbl_3b", 384, 384, (3, 1)),
         ("branch_pool", n, 192, 1))
 
 
@@ -544,10 +476,8 @@ def fold_batch_norm(state, path):
     with naming(path, INCEPTION):
         for name in [n.removesuffix(".conv.weight") for n in state if n.endswith(".conv.weight")]:
             weight = state[f"{name}.conv.weight"].double()
-            gamma = state[f"{name}.bn.weight"].double()
-            beta = state[f"{name}.bn.bias"].double()
-            mean = state[f"{name}.bn.running_mean"].double()
-            var = state[f"{name}.bn.running_var"].double()
+            gamma, beta, mean, var = (state[f"{name}.bn.{kind}"].double() for kind in
+                                      ("weight", "bias", "running_mean", "running_var"))
             scale = gamma / (var + 1e-3).sqrt()
             ours = name.replace("Conv2d", "stem.Conv2d").replace("Mixed_", "mixed.")
             out[ours + ".weight"] = (weight * scale.view(-1, 1, 1, 1)).float()
@@ -576,154 +506,98 @@ def tf1_resize(x, size=299):
 # ---------------------------------------------------------------- reading samples and references
 
 class Arrays:
-    """The images of an npz (arr_0, uint8 NHWC) as a data set; each process that reads it opens the path."""
+    """The images of an npz (arr_0, uint8 NHWC) as a data set, in memory; pickled as its path."""
 
     def __init__(self, path):
         self.root = path
-        self.images = None                                          # mapped at first use, in each process
-        images = stored_array(path, "arr_0")
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 3), not {images.dtype} {images.shape}")
-        self.shape = images.shape
+        self.images = np.load(path, allow_pickle=False)["arr_0"]
+        if self.images.dtype != np.uint8 or self.images.shape[3:] != (3,):
+            raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 3), not {self.images.dtype} {self.images.shape}")
+
+    def __reduce__(self):
+        return Arrays, (self.root,)
 
     def __len__(self):
-        return self.shape[0]
-
-    def __getstate__(self):                                         # a copy for a loader is the path alone
-        return self.__dict__ | {"images": None}
+        return len(self.images)
 
     def __getitem__(self, i):
-        if self.images is None:
-            self.images = stored_array(self.root, "arr_0")
-        return torch.from_numpy(self.images[i].transpose(2, 0, 1).copy()), 0
-
-
-def stored_array(path, name):
-    """An array of an npz, mapped from disk where it is not compressed: 50,000 images are 10 GB a process."""
-    with zipfile.ZipFile(path) as file:
-        info = file.getinfo(name + ".npy")
-        if info.compress_type != zipfile.ZIP_STORED:                # np.savez_compressed
-            return np.load(path, allow_pickle=False)[name]
-        with file.open(info) as f:
-            version = np.lib.format.read_magic(f)
-            read_header = (np.lib.format.read_array_header_2_0 if version == (2, 0)
-                           else np.lib.format.read_array_header_1_0)
-            shape, fortran, dtype = read_header(f)
-            header = f.tell()
-    if dtype.hasobject:
-        raise ValueError(f"{path} holds pickled objects")
-    with open(path, "rb") as f:  # the local file header: 30 bytes, a name, an extra field
-        f.seek(info.header_offset + 26)
-        name_and_extra = np.frombuffer(f.read(4), "<u2").sum()
-    start_of_array = info.header_offset + 30 + int(name_and_extra) + header
-    return np.memmap(path, dtype, "r", start_of_array, shape, "F" if fortran else "C")
+        return torch.from_numpy(self.images[i]).permute(2, 0, 1), 0
 
 
 def read(path, image_size=None):
-    """Folder or npz -> {"images": data set or None, "image_size"}, and where given mu, sigma, n, features."""
+    """Folder or npz -> {"path", "images": data set or None, "image_size"}, and where given mu, sigma, n and
+    the name of the features."""
     if os.path.isdir(path):
         data = ImageFolder(path, image_size)
-        return {"images": data, "image_size": data[0][0].shape[1]}
+        return {"path": path, "images": data, "image_size": data[0][0].shape[1]}
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no folder or npz at {path!r}")
-    if path.endswith(".npy"):
-        raise ValueError(f"{path} is one array (.npy); an .npz is needed: np.savez(path, arr_0=images)")
-    found = {"images": None, "image_size": None, "path": path}
-    with naming(path,
-                "an npz of images (arr_0) or statistics (mu, sigma): truncated, or of another kind"):
+    found = {"path": path, "images": None, "image_size": None}
+    with naming(path, "an npz of images (arr_0) or statistics (mu, sigma)"):
         with np.load(path, allow_pickle=False) as file:
-            names = set(file.files)
-            for name in names & {"n", "image_size", "features"}:    # in our own files
+            for name in {"n", "image_size", "features"} & set(file.files):      # in our own files
                 found[name] = file[name].item()
-            if {"mu", "sigma"} <= names:
-                found["mu"], found["sigma"] = file["mu"].squeeze(), file["sigma"]
-                check_moments(found["mu"], found["sigma"], path)
-            elif "arr_0" not in names:
-                raise ValueError(f"{path}: neither images (arr_0) nor statistics (mu, sigma) in it")
-        if "arr_0" in names:
-            found["images"] = Arrays(path)
-            found["image_size"] = found["images"].shape[1]
+            if "mu" in file:
+                mu, sigma = file["mu"].squeeze(), file["sigma"]
+                finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
+                if sigma.shape != (mu.size, mu.size) or not finite:
+                    raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} are no finite mean and covariance")
+                found |= {"mu": mu, "sigma": sigma}
+            elif "arr_0" not in file:
+                raise ValueError("neither is in it")
+            if "arr_0" in file:
+                found["images"] = Arrays(path)
+                found["image_size"] = found["images"].images.shape[1]
     return found
 
 
-def check_moments(mu, sigma, path):
-    """ValueError where they cannot be the mean (D,) and covariance (D, D) of features."""
-    width = mu.size
-    if mu.shape != (width,) or sigma.shape != (width, width):
-        raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no mean and covariance")
-    if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
-        raise ValueError(f"{path}: mu is {mu.dtype}, sigma {sigma.dtype}: floating-point numbers expected")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError(f"{path}: non-finite statistics")
-    if not np.allclose(sigma, sigma.T) or (sigma.diagonal() < 0).any():
-        raise ValueError(f"{path}: sigma is no covariance: not symmetric, or negative on its diagonal")
-
-
-def check_statistics(features, side):
-    """ValueError where the statistics of a read() result are not of these features."""
-    if "mu" not in side:
-        return
-    width, kind = len(side["mu"]), side.get("features", "unknown")
-    same = "features" not in side or kind.split()[-1] == features.name.split()[-1] # hash or name
-    if not same or width != features.width:
-        raise ValueError(f"{side['path']}: statistics of {width} features ({kind}); {features.name} has "
-                         f"{features.width}")
+def measure(features, side, batch=64, workers=0, images=False):
+    """mu, sigma, n of a result of read(): the file's own, or those of its images. With `images`, also what
+    collect() finds in these."""
+    found = {}
+    if images or "mu" not in side:
+        found = extract_data(features, side["images"], batch, workers)
+    if "mu" in side:
+        kind = side.get("features", features.name)
+        # Networks are known by their hash, or else by their name.
+        if len(side["mu"]) != features.width or kind.split()[-1] != features.name.split()[-1]:
+            raise ValueError(f"{side['path']}: statistics of {len(side['mu'])} features ({kind}), where "
+                             f"{features.name} has {features.width}")
+        found |= {"mu": side["mu"], "sigma": side["sigma"], "n": side.get("n")}
+    return found
 
 
 def open_reference(path, features, image_size, workers=0):
     """What FID is measured against: an npz, a folder of images, "shapes" (held-out drawn ones), or None.
 
-    -> {mu, sigma, name, image_size, resized: what is said of images of another size}, or None.
+    -> {mu, sigma, n, name}, or None. At 512 px the released evaluation first shrinks its images to the 256 px
+    of its statistics; here Inception sees them as they are.
     """
     if path is None or features is None:
         return None
-    if path == "shapes":
-        side = {"images": Shapes(image_size, 1024, seed=1)}
-    else:
-        side = read(path, image_size)
-    check_statistics(features, side)
-    if "mu" not in side:
-        side |= extract_data(features, side["images"], workers=workers)
-    size = side.get("image_size") or known_size(path)
-    resized = ""
-    if size not in (None, image_size):
-        resized = f", images brought from {image_size} to {size} px by Lanczos"
-    return {"mu": side["mu"], "sigma": side["sigma"], "name": path, "image_size": size, "resized": resized}
-
-
-def known_size(path):
-    """Published statistics hold no image size, but their names do (val_fid_statistics_file_256.npz)."""
-    sizes = re.findall(r"(?<!\d)(64|128|256|512)(?!\d)", os.path.basename(path))
-    return int(sizes[0]) if sizes else None
+    side = {"images": Shapes(image_size, 1024, seed=1)} if path == "shapes" else read(path, image_size)
+    return measure(features, side, workers=workers) | {"name": path}
 
 
 def compare(features, samples, reference, batch=64, workers=0):
     """Two results of read() -> scores, with what they were measured on. FID uses statistics where a file has
     them; precision and recall need images on both sides, IS those of the samples."""
-    for side in (samples, reference):
-        check_statistics(features, side)
     both = samples["images"] is not None and reference["images"] is not None
-    found = []
-    for side in (samples, reference):
-        measured = {"logits": None}
-        if side["images"] is not None and (both or "mu" not in side):
-            measured = extract_data(features, side["images"], batch, workers, keep=both)
-        if "mu" in side:                                            # a file's own statistics count
-            measured |= {"mu": side["mu"], "sigma": side["sigma"], "n": side.get("n")}
-        found.append(measured)
-    one, other = found
+    one = measure(features, samples, batch, workers, images=both)
+    other = measure(features, reference, batch, workers, images=both)
     scores = {features.score: frechet(one, other)}
-    if one["logits"] is not None and len(one["logits"]) >= 10:
-        scores["IS"], scores["IS_std"] = inception_score(one["logits"])
-    if both and min(len(one["rows"]), len(other["rows"])) > 3:
-        real, fake = other["rows"].to(features.device), one["rows"].to(features.device)
-        scores["precision"], scores["recall"] = precision_recall(real, fake)
-    elif both:
-        warnings.warn("no precision and recall: they need 4 images on both sides")
+    if features.inception and "logits" in one and one["n"] >= 10:
+        logits = in_order(one["logits"], len(samples["images"]))
+        scores["IS"], scores["IS_std"] = inception_score(logits)
+    if both:
+        fake = in_order(one["rows"], len(samples["images"])).to(features.device)
+        real = in_order(other["rows"], len(reference["images"])).to(features.device)
+        if min(len(real), len(fake)) > 3:                           # there must be a third neighbour
+            scores["precision"], scores["recall"] = precision_recall(real, fake)
     # Another size is another task, but the user may mean it.
     sizes = samples["image_size"], reference["image_size"]
     if all(sizes) and sizes[0] != sizes[1]:
-        warnings.warn(f"images of {sizes[0]} px against {sizes[1]} px")
+        print_once(f"warning: images of {sizes[0]} px against {sizes[1]} px")
     return scores | {"n": one["n"], "n_reference": other["n"], "features": features.name}
 
 
@@ -740,8 +614,8 @@ def parse(argv=None):
     add("--features", default="inception", help="inception (FID), or a teacher or its file (FD)")
     add("--weights", default="weights",
         help="folder of published files, or the one file; absent ones download")
-    add("--image_size", type=int, help="centre-crop the images of folders to this size")
-    add("--batch", type=int, default=64, help="images at a time")
+    add("--image_size", type=COUNT, help="centre-crop the images of folders to this size")
+    add("--batch", type=COUNT, default=64, help="images at a time")
     add("--json", action="store_true", help="one line of JSON instead of the table")
     args = p.parse_intermixed_args(argv)
     if bool(args.save_stats) == bool(args.reference):
@@ -754,22 +628,20 @@ def main(argv=None):
     device, rank, _ = start()
     target = args.save_stats
     if target:
-        target = target if target.endswith(".npz") else target + ".npz"
+        target = target.removesuffix(".npz") + ".npz"
         check_writable(target)
-        if os.path.realpath(target) == os.path.realpath(args.samples) or os.path.basename(target) == ".npz":
-            raise ValueError(f"--save_stats {target}: give it a name of its own")
     samples = read(args.samples, args.image_size)
     if target:
         if samples["images"] is None:
             raise ValueError(f"{args.samples} holds statistics already")
         features = Features(args.features, args.weights, device)
         found = extract_data(features, samples["images"], args.batch, cores())
+        size = samples["image_size"]
         if rank == 0:
             with atomic(target) as f:
-                np.savez(f, mu=found["mu"], sigma=found["sigma"], n=found["n"],
-                         image_size=samples["image_size"], features=features.name)
-            size = samples["image_size"]
-            print(f"wrote {target}: {found['n']} images of {size} px, {args.features} features")
+                np.savez(f, mu=found["mu"], sigma=found["sigma"], n=found["n"], image_size=size,
+                         features=features.name)
+        print_once(f"wrote {target}: {found['n']} images of {size} px, {args.features} features")
         return
     reference = read(args.reference, args.image_size)
     features = Features(args.features, args.weights, device)

@@ -9,6 +9,7 @@ Letters: B images, N tokens (a square grid, row by row), K visible tokens, C lat
 W width of a network. Source: RecTok, arXiv 2512.13421. Where paper and released code differ, the code is
 followed: it made the published weights.
 """
+import argparse
 import atexit
 import contextlib
 import hashlib
@@ -16,14 +17,15 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import sys
-import threading
 import traceback
 import warnings
 import zipfile
-from dataclasses import dataclass, fields, replace
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import numpy as np
@@ -31,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -52,9 +54,8 @@ def latent_shift(N, C):
 def sample_time(n, shift, u=None, schedule="shift", device=None):
     """n times (n,) in [0, 1]: t = 1 - s u / (1 + (s - 1) u) with u ~ U(0, 1), given or drawn here.
 
-    s = 1 is uniform; s > 1 favours the noisy end. The sampler's grid is this law too, so u = 1 must give
-    noise, t = 0, and u = 0 data. Other schedules are ablations of stage 1 alone: "uniform", and "lognormal",
-    where the noise level 1 - t is the sigmoid of a standard normal variable.
+    s = 1 is uniform; s > 1 favours the noisy end. Other schedules are ablations of stage 1 alone: "uniform",
+    and "lognormal", where the noise level 1 - t is the sigmoid of a standard normal variable.
     """
     if schedule == "lognormal":
         return 1 - torch.randn(n, device=device).sigmoid()
@@ -69,6 +70,18 @@ def flow(z, noise, t):
     """z_t = t z + (1 - t) noise. z, noise (B, ...), t (B,): one time for all tokens of an image."""
     t = t.view(-1, *[1] * (z.ndim - 1))
     return t * z + (1 - t) * noise
+
+
+def time_grid(steps, shift, device=None):
+    """The sampler's times (steps + 1,), from noise to data: u from 1 to 0 through the same law.
+
+    Raises ValueError where the law does not end in noise and data. Both trainers ask at their start: a
+    sampler could not begin where such training ends.
+    """
+    times = sample_time(steps + 1, shift, torch.linspace(1, 0, steps + 1, device=device))
+    if abs(times[0]) > 1e-6 or abs(times[-1] - 1) > 1e-6:
+        raise ValueError(f"sample_time goes from t = {times[0]} to {times[-1]}: it must go from 0 (u = 1) to 1")
+    return times.clamp(0, 1)
 
 
 def random_visible(B, N, hidden_share, noise=None, device=None):
@@ -86,7 +99,7 @@ def random_visible(B, N, hidden_share, noise=None, device=None):
 # ---------------------------------------------------------------- the tokenizer
 
 SIZES = {  # width, layers, attention heads
-    "nano":  (96, 3, 3),          # ours, for --tiny
+    "nano":  (128, 2, 4),         # ours, for --tiny
     "tiny":  (192, 3, 4),
     "small": (512, 8, 8),
     "base":  (768, 12, 12),
@@ -109,14 +122,8 @@ class TokenizerConfig:
     def __post_init__(self):
         if self.image_size % self.patch_size:
             raise ValueError(f"image size {self.image_size} is not divisible by patch size {self.patch_size}")
-        choices = {"encoder": [*SIZES], "decoder": [*SIZES], "semantic": [*SIZES, "mlp", "none"]}
-        for part, allowed in choices.items():
-            size = getattr(self, part)
-            if size not in allowed:
-                raise ValueError(f"unknown {part} size {size!r}: choose from {', '.join(allowed)}")
         if isinstance(self.teacher_dim, int):
             self.teacher_dim = (self.teacher_dim,)
-        self.teacher_dim = tuple(self.teacher_dim)
 
     @property
     def grid(self):
@@ -135,20 +142,20 @@ class RecTok(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = PixelDecoder(config)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        # The semantic decoders keep PyTorch's own initial values, as published.
+        for part, size in ((self.encoder, config.encoder), (self.decoder, config.decoder)):
+            width, _, _ = SIZES[size]
+            for module in part.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                    nn.init.trunc_normal_(module.weight, std=0.02 * (768 / width) ** 0.5)   # published: 0.02 at 768
+                    nn.init.zeros_(module.bias)
+        # The semantic decoders, one a teacher, keep PyTorch's own initial values, as published.
+        self.sem_decoders = nn.ModuleList()
         if config.semantic != "none":
             Decoder = SemanticMLP if config.semantic == "mlp" else SemanticDecoder
-            self.sem_decoders = nn.ModuleList(Decoder(config, D) for D in config.teacher_dim)
+            self.sem_decoders.extend(Decoder(config, D) for D in config.teacher_dim)
 
     def encode(self, images, visible=None):
         """images (B, 3, H, W) in [-1, 1] -> mean and log-variance of the posterior, (B, K, C) each."""
-        size = self.config.image_size
-        if images.shape[-2:] != (size, size):
-            raise ValueError(f"images of {tuple(images.shape[-2:])} given to a tokenizer of {size} x {size}")
         mean, logvar = self.encoder(images, visible).chunk(2, dim=-1)
         return mean, logvar.clamp(-30, 20)
 
@@ -156,17 +163,11 @@ class RecTok(nn.Module):
         """z (B, K, C), clean or z_t -> images (B, 3, H, W), in [-1, 1] but for overshoot."""
         return self.decoder(z, visible)
 
-    def predict_all(self, z, visible=None):
-        """z (B, K, C), clean or z_t -> [features (B, N, D) of a teacher, ...], for ALL N patches."""
-        if self.config.semantic == "none":
-            return []
-        return [decoder(z, visible) for decoder in self.sem_decoders]
-
     def predict(self, z, visible=None):
-        """As predict_all; with one teacher, its features themselves."""
-        features = self.predict_all(z, visible)
-        if not features:
+        """z (B, K, C), clean or z_t -> features (B, N, D) of ALL N patches; of several teachers, a list."""
+        if not self.sem_decoders:
             raise ValueError("this tokenizer has no semantic decoder (none trained, or dropped by stage 1b)")
+        features = [decoder(z, visible) for decoder in self.sem_decoders]
         return features[0] if len(features) == 1 else features
 
 
@@ -230,7 +231,7 @@ class SemanticDecoder(nn.Module):
         super().__init__()
         width, depth, heads = SIZES[config.semantic]
         self.N = config.grid ** 2
-        self.mask_embedding = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_embedding = nn.Parameter(torch.zeros(1, 1, width))        # of hidden patches
         self.token_embedding = nn.Linear(config.channels, width)
         self.positional_embedding = learned_positions(config.grid, width)
         self.ln_pre = nn.RMSNorm(width, eps=1e-6)
@@ -331,8 +332,6 @@ class Block(nn.Module):
 class Attention(nn.Module):
     def __init__(self, width, heads, qk_norm=False):
         super().__init__()
-        if width % heads or width // heads % 4:
-            raise ValueError(f"width {width} over {heads} heads: the head width must be a multiple of 4")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -344,15 +343,11 @@ class Attention(nn.Module):
     def forward(self, x, rope=None):
         """x (B, N, W), rope (2, N, d) or (2, B, N, d) -> (B, N, W)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))        # (B, N, 3, heads, d)
-        qk, v = qkv.split((2, 1), dim=2)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, heads, N, d) each
         if self.qk_norm:
-            q, k = self.q_norm(qk[:, :, 0]), self.k_norm(qk[:, :, 1])
-            qk = torch.stack((q, k), dim=2)
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            qk = rotate(qk, rope)                                   # q and k in one go
-        q = qk[:, :, 0].transpose(1, 2)                             # (B, heads, N, d)
-        k = qk[:, :, 1].transpose(1, 2)
-        v = v[:, :, 0].transpose(1, 2)
+            q, k = rotate(q, rope), rotate(k, rope)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -386,40 +381,46 @@ def axial_rope(coords, freqs):
 
 
 def rotate(x, rope):
-    """x cos + (x, adjacent channels swapped) sin, in float32. x (B, N, 2, heads, d), rope of axial_rope."""
-    cos, sin = rope[..., None, None, :]                             # ([B,] N, 1, 1, d)
+    """x cos + (x, adjacent channels swapped) sin, in float32. x (B, heads, N, d), rope of axial_rope."""
+    cos, sin = rope.unsqueeze(-3)                                   # ([B,] 1, N, d)
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 # ---------------------------------------------------------------- the teacher: a vision foundation model
 
+class Normalize(nn.Module):
+    """Images in [-1, 1] -> as the frozen networks were trained on them; by default with ImageNet's statistics."""
+
+    def __init__(self, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        return (images * 0.5 + 0.5 - self.mean) / self.std
+
+
 class Teacher(nn.Module):
-    """Images in [-1, 1] (B, 3, H, H) -> VFM features (B, N, D): frozen, always in eval mode.
+    """Images in [-1, 1] (B, 3, H, H) -> VFM features (B, N, D): frozen.
 
     stride: image pixels a token. DINOv2 (patch 14) sees the image at 14/16 of its size, so its grid is ours.
     """
 
-    def __init__(self, net, stride=16, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+    def __init__(self, net, stride, normalize):
         super().__init__()
         self.net = net.requires_grad_(False).eval()
         self.stride = stride
         self.width = net.norm.normalized_shape[0]
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        super().train(False)
+        self.normalize = normalize
 
-    def train(self, mode=True):
-        return self                                                 # stays as it is: frozen
-
-    @torch.no_grad()
     def features(self, images):
         """-> class token (B, D), patch tokens (B, N, D), after the final norm."""
         height, width = images.shape[-2:]
         if height != width or height % self.stride:
             raise ValueError(f"a teacher of {self.stride} pixels a token has no grid for {height} x {width}")
         grid = height // self.stride
-        x = (images * 0.5 + 0.5 - self.mean) / self.std
+        x = self.normalize(images)
         if self.net.patch != self.stride:
             x = F.interpolate(x, size=grid * self.net.patch, mode="bilinear", align_corners=False)
         return self.net(x)
@@ -442,44 +443,41 @@ class DINO(nn.Module):
         self.patch = patch
         self.heads = heads
         self.grid = image_size // patch                             # that of the table of positions
+        self.classes = 0 if version == "siglip" else 1              # class tokens
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
-        if version != "siglip":
+        if self.classes:
             self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.registers = nn.Parameter(0.02 * torch.randn(1, registers, width)) if registers else None
-        if version == 2:
-            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + self.grid ** 2, width))
-        if version == "siglip":
-            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.grid ** 2, width))
-        self.blocks = nn.ModuleList(DINOBlock(width, heads, eps, version != "siglip")
-                                    for _ in range(depth))
+        if version != 3:
+            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.classes + self.grid ** 2, width))
+        self.blocks = nn.ModuleList(DINOBlock(width, heads, eps, version != "siglip") for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps)
 
     def forward(self, x):
         """x (B, 3, H, H) normalised -> class token (B, D) (SigLIP: the mean), patches (B, N, D), normed."""
         x = self.patch_embed(x)
-        B, grid = len(x), x.shape[-1]
+        grid = x.shape[-1]
         x = x.flatten(2).transpose(1, 2)                            # (B, N, W)
-        prefix = []                                                 # tokens that are no patches
-        if self.version != "siglip":
-            prefix.append(self.cls_token)
         if self.version != 3:
             x = x + self.patch_positions(grid)
-        if self.version == 2:
-            prefix[0] = prefix[0] + self.pos_embed[:, :1]
+        tokens = [x]
         if self.registers is not None:
-            prefix.append(self.registers)
-        x = torch.cat([*(token.expand(B, -1, -1) for token in prefix), x], dim=1)
+            tokens.insert(0, self.registers.expand(len(x), -1, -1))
+        if self.classes:
+            cls = self.cls_token if self.version == 3 else self.cls_token + self.pos_embed[:, :1]
+            tokens.insert(0, cls.expand(len(x), -1, -1))
+        x = torch.cat(tokens, dim=1)
         first = x.shape[1] - grid ** 2                              # the first patch
         rope = self.rope(grid, first) if self.version == 3 else None
         for block in self.blocks:
             x = block(x, rope)
         x = self.norm(x)
-        cls = x.mean(1) if self.version == "siglip" else x[:, 0]
+        cls = x[:, 0] if self.classes else x.mean(1)
         return cls, x[:, first:]
 
     def patch_positions(self, grid):
         """The table of positions for grid x grid patches, (1, N, W)."""
-        table = self.pos_embed[:, 1:] if self.version == 2 else self.pos_embed
+        table = self.pos_embed[:, self.classes:]
         if grid == self.grid:
             return table
         if self.version == "siglip":
@@ -524,37 +522,22 @@ class DINO(nn.Module):
 
 
 class DINOBlock(nn.Module):
-    def __init__(self, width, heads, eps, scaled=True):
+    def __init__(self, width, heads, eps, scaled):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads)
-        self.ls1 = LayerScale(width) if scaled else nn.Identity()   # SigLIP has none
         self.norm2 = nn.LayerNorm(width, eps)
-        self.mlp = MLP(width)
-        self.ls2 = LayerScale(width) if scaled else nn.Identity()
+        layers = OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(layers)
+        self.scaled = scaled
+        if scaled:                                                  # SigLIP is not
+            self.ls1 = nn.ParameterDict({"gamma": torch.ones(width)})
+            self.ls2 = nn.ParameterDict({"gamma": torch.ones(width)})
 
     def forward(self, x, rope):
-        x = x + self.ls1(self.attn(self.norm1(x), rope))
-        return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-class LayerScale(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        return self.gamma * x
-
-
-class MLP(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        scale1, scale2 = (self.ls1["gamma"], self.ls2["gamma"]) if self.scaled else (1, 1)
+        x = x + scale1 * self.attn(self.norm1(x), rope)
+        return x + scale2 * self.mlp(self.norm2(x))
 
 
 RENAMED = [  # in a teacher's file -> here
@@ -589,60 +572,62 @@ def published_names(state):
     return out
 
 
-TEACHERS = {  # name: (version, width, depth, heads, patch, image size, registers) of DINO, and its files
-    "dinov3_vits16": ((3, 384, 12, 6, 16, 256, 4), [
-        "dinov3_vits16_pretrain_lvd1689m-08c60483.pth",             # published
-        "dinov3_vits16.safetensors",                                # transformers'
-        "vit_small_patch16_dinov3.lvd1689m.safetensors"]),          # timm's
-    "dinov3_vitb16": ((3, 768, 12, 12, 16, 256, 4), [
-        "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth",
-        "dinov3_vitb16.safetensors",
-        "vit_base_patch16_dinov3.lvd1689m.safetensors"]),
-    "dinov3_vitl16": ((3, 1024, 24, 16, 16, 256, 4), [
-        "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth",
-        "dinov3_vitl16.safetensors",
-        "vit_large_patch16_dinov3.lvd1689m.safetensors"]),
-    "dinov2_vits14": ((2, 384, 12, 6, 14, 518, 0), ["dinov2_vits14_pretrain.pth"]),
-    "dinov2_vitb14": ((2, 768, 12, 12, 14, 518, 0), ["dinov2_vitb14_pretrain.pth"]),
-    "dinov2_vitl14": ((2, 1024, 24, 16, 14, 518, 0), ["dinov2_vitl14_pretrain.pth"]),
-    "dinov2_vits14_reg": ((2, 384, 12, 6, 14, 518, 4), ["dinov2_vits14_reg4_pretrain.pth"]),
-    "dinov2_vitb14_reg": ((2, 768, 12, 12, 14, 518, 4), ["dinov2_vitb14_reg4_pretrain.pth"]),
-    "dinov2_vitl14_reg": ((2, 1024, 24, 16, 14, 518, 4), ["dinov2_vitl14_reg4_pretrain.pth"]),
-    "siglip_vitl16_256": (("siglip", 1024, 24, 16, 16, 256, 0), [
-        "vit_large_patch16_siglip_256.webli.safetensors"]),
+TEACHERS = {  # name: (version, width, depth, heads, patch, image size, registers) of DINO, and its files:
+    # the publisher's own, and where that needs a form to be filled in, timm's, which downloads by itself
+    "dinov3_vits16": ((3, 384, 12, 6, 16, 256, 4),
+                      "dinov3_vits16_pretrain_lvd1689m-08c60483.pth",
+                      "vit_small_patch16_dinov3.lvd1689m.safetensors"),
+    "dinov3_vitb16": ((3, 768, 12, 12, 16, 256, 4),
+                      "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth",
+                      "vit_base_patch16_dinov3.lvd1689m.safetensors"),
+    "dinov3_vitl16": ((3, 1024, 24, 16, 16, 256, 4),
+                      "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth",
+                      "vit_large_patch16_dinov3.lvd1689m.safetensors"),
+    "dinov2_vits14": ((2, 384, 12, 6, 14, 518, 0), "dinov2_vits14_pretrain.pth"),
+    "dinov2_vitb14": ((2, 768, 12, 12, 14, 518, 0), "dinov2_vitb14_pretrain.pth"),
+    "dinov2_vitl14": ((2, 1024, 24, 16, 14, 518, 0), "dinov2_vitl14_pretrain.pth"),
+    "dinov2_vits14_reg": ((2, 384, 12, 6, 14, 518, 4), "dinov2_vits14_reg4_pretrain.pth"),
+    "dinov2_vitb14_reg": ((2, 768, 12, 12, 14, 518, 4), "dinov2_vitb14_reg4_pretrain.pth"),
+    "dinov2_vitl14_reg": ((2, 1024, 24, 16, 14, 518, 4), "dinov2_vitl14_reg4_pretrain.pth"),
+    "siglip_vitl16_256": (("siglip", 1024, 24, 16, 16, 256, 0),
+                          "vit_large_patch16_siglip_256.webli.safetensors"),
 }
 
 
-def load_teacher(name, weights="weights"):
-    """A Teacher: a row of TEACHERS, one of its published files by path, or a teacher.pt of --tiny.
+def teacher_file(name, weights="weights"):
+    """Its file in the folder `weights`: the publisher's, transformers' as NAME.safetensors, or timm's."""
+    _, *files = TEACHERS[name]
+    for file in (files[0], f"{name}.safetensors"):
+        if os.path.isfile(os.path.join(weights, file)):
+            return file
+    return files[-1]
 
-    weights: the folder of published files, or "random" (timing and tests). Where several files of a teacher
-    would do, the first that is there is taken; the last one downloads by itself.
+
+def load_teacher(name, weights="weights"):
+    """A Teacher: a row of TEACHERS, one of its files by path, or a teacher.pt of --tiny.
+
+    weights: the folder of published files, where an absent one downloads; or "random" (timing and tests).
     """
     path = None
-    if name not in TEACHERS:
-        if not os.path.isfile(name):
-            raise ValueError(f"unknown teacher {name!r}: give a file of one, or one of {', '.join(TEACHERS)}")
+    if os.path.isfile(name):
         path = name
-        named = [n for n, (_, files) in TEACHERS.items() if os.path.basename(path) in files]
-        if not named:
+        known = {file: row for row, (_, *files) in TEACHERS.items() for file in (*files, f"{row}.safetensors")}
+        name = known.get(os.path.basename(path))
+    elif name not in TEACHERS:
+        raise ValueError(f"unknown teacher {name!r}: give a file of one, or one of {', '.join(TEACHERS)}")
+    elif weights != "random":
+        path = weight_file(teacher_file(name, weights), weights)
+    halves = Normalize((0.5,) * 3, (0.5,) * 3)
+    if name is None:
+        with naming(path, "a teacher: neither a teacher.pt of --tiny nor a published file by its own name"):
             file = read_weights(path)
-            with naming(path,
-                        "a teacher (neither a teacher.pt of --tiny nor a published file by its own name)"):
-                net = load_named(DINO(**file["config"]), file["model"], path)
-            return Teacher(net, net.patch, (0.5,) * 3, (0.5,) * 3)
-        name = named[0]
-    shape, files = TEACHERS[name]
-    net = DINO(*shape)
-    if path is None and weights != "random":
-        present = [f for f in files if os.path.isfile(os.path.join(weights, f))]
-        path = weight_file(present[0] if present else files[-1], weights)
-    if path is not None:
+            net = load_named(DINO(**file["config"]), file["model"], path)
+        return Teacher(net, net.patch, halves)
+    net = DINO(*TEACHERS[name][0])
+    if path:
         with naming(path, name):
             net.load_published(read_weights(path), path)
-    if name.startswith("siglip"):
-        return Teacher(net, 16, (0.5,) * 3, (0.5,) * 3)
-    return Teacher(net)
+    return Teacher(net, 16, halves if net.version == "siglip" else Normalize())
 
 
 # ---------------------------------------------------------------- loading tokenizers
@@ -685,25 +670,22 @@ def config_from_shapes(state):
         teacher_dim=tuple(w.shape[0] for w in outs) or 1024)
 
 
-def load_tokenizer(path, config=None, ema=True, init=False):
+def load_tokenizer(path, config=None, ema=True):
     """RecTok in eval mode, from our checkpoints or the authors' RecTok*.pth: EMA weights, or raw (ema=False).
 
     config: the shape to build (default: the file's own). Another image size interpolates the position
-    embeddings; semantic="none" drops the semantic decoders. With `init`, semantic decoders that do not fit
-    are left fresh. Anything else that is missing, surplus or of another shape raises ValueError.
+    embeddings; semantic="none" drops the semantic decoders, and others than the file's are fresh, with a
+    warning. Anything else that is missing, surplus or of another shape raises ValueError.
     """
     state, own = read_tokenizer(path, ema)
-    config = replace(config or own)
-    if not init and own.semantic == "none":
-        config.semantic = "none"
+    config = config or own
     if own.grid != config.grid:
         for name in [n for n in state if n.endswith("positional_embedding")]:
             table = state[name].unflatten(1, (own.grid, own.grid)).permute(0, 3, 1, 2)
             table = F.interpolate(table, size=(config.grid, config.grid), mode="bicubic")
             state[name] = table.flatten(2).transpose(1, 2)
     model = RecTok(config)
-    fits = (own.semantic, own.teacher_dim) == (config.semantic, config.teacher_dim)
-    if config.semantic == "none" or (init and not fits):
+    if (own.semantic, own.teacher_dim) != (config.semantic, config.teacher_dim):
         state = {n: w for n, w in state.items() if not n.startswith("sem_decoders.")}
         state |= {n: w for n, w in model.state_dict().items() if n.startswith("sem_decoders.")}
         if config.semantic != "none":
@@ -714,9 +696,14 @@ def load_tokenizer(path, config=None, ema=True, init=False):
 
 def fingerprint(tokenizer):
     """What a DiT depends on: a hash of the encoder's weights (stage 1b keeps them, so both its files fit)."""
+    return weights_hash(tokenizer.encoder)
+
+
+def weights_hash(*nets):
     digest = hashlib.sha256()
-    for name, w in sorted(tokenizer.encoder.state_dict().items()):
-        digest.update(name.encode() + w.cpu().float().numpy().tobytes())
+    for net in nets:
+        for name, w in sorted(net.state_dict().items()):
+            digest.update(name.encode() + w.cpu().float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -733,13 +720,13 @@ DOWNLOADS = {  # published file -> its address; torch.hub checks the hash that s
 
 
 def download_address(name):
-    """The address of a published file, or None."""
+    """The address of a published file."""
     if name.startswith("dinov2_"):
         return f"https://dl.fbaipublicfiles.com/dinov2/{name[:len('dinov2_vitl14')]}/{name}"
     if name.startswith("vit_"):
-        model = name.removesuffix(".safetensors")
-        return f"https://huggingface.co/timm/{model}/resolve/main/model.safetensors"
-    return DOWNLOADS.get(name)
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        return f"{hub}/timm/{name.removesuffix('.safetensors')}/resolve/main/model.safetensors"
+    return DOWNLOADS[name]
 
 
 def weight_file(name, weights="weights"):
@@ -751,8 +738,8 @@ def weight_file(name, weights="weights"):
     if os.path.isfile(weights):
         return weights
     path = os.path.join(weights, name)
-    url = download_address(name)
     if not os.path.exists(path) and os.environ.get("LOCAL_RANK", "0") == "0":
+        url = download_address(name)
         if "dinov3" in name:
             print(f"downloading {name}, under the DINOv3 licence: "
                   "ai.meta.com/resources/models-and-libraries/dinov3-license", flush=True)
@@ -761,12 +748,24 @@ def weight_file(name, weights="weights"):
             os.makedirs(weights, exist_ok=True)
             torch.hub.download_url_to_file(url, path, hash_prefix=hashes[-1] if hashes else None)
         except Exception as error:
-            free = "; or use the free --teacher dinov2_vitl14" if "dinov3" in name else ""
-            reason = f"could not download {url} ({one_line(error)})"
-            raise OSError(f"{reason}; put it at {path} yourself{free}") from error
+            free = "; free of its form: --teacher dinov2_vitl14" if "dinov3" in name else ""
+            raise OSError(f"could not download {name} ({one_line(error)}{free}); where there is internet:\n"
+                          f"    curl -L --create-dirs -o {path} {url}") from error
     if dist.is_initialized():
         dist.barrier()
     return path
+
+
+def fetch_weights(names, weights):
+    """weight_file of each. What cannot be downloaded is named all at once, with the commands that fetch it."""
+    problems = []
+    for name in names:
+        try:
+            weight_file(name, weights)
+        except OSError as error:
+            problems.append(str(error))
+    if problems:
+        raise OSError("\n".join(problems))
 
 
 def one_line(error):
@@ -790,38 +789,34 @@ def read_weights(path):
     """The dict in a .pth, .pt or .safetensors file, tensors on the CPU; never runs code from it."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no file of weights at {path!r}")
-    with open(path, "rb") as f:
-        head = f.read(64).lstrip()
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
-    if head.startswith(b"<"):
-        raise ValueError(f"{path} is a web page (a login or an error, perhaps), not a file of weights")
-    with naming(path,
-                "a file of tensors: corrupt, truncated, of another kind, or refused because it holds code"):
+    with naming(path, "a file of tensors: truncated, of another kind, or refused because it holds code"):
         if path.endswith(".safetensors"):
             return read_safetensors(path)
-        file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        try:
+            file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except pickle.UnpicklingError as error:                     # torch's text advises to run the code
+            code = re.search(r"GLOBAL ([\w.]+)", str(error))
+            raise ValueError(code[1] if code else "no tensors found") from None
         if not isinstance(file, dict):
             raise ValueError(f"a {type(file).__name__} instead of a dict")
         return file
 
 
-SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-                     "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-                     "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "I64": torch.int64,
-                     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path):
     """Layout: the header's length in 8 bytes, the header in JSON, the tensors' bytes (little-endian)."""
     with open(path, "rb") as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        data = torch.frombuffer(bytearray(f.read()), dtype=torch.uint8)
+        content = torch.frombuffer(bytearray(f.read()), dtype=torch.uint8)
+    start = 8 + int.from_bytes(content[:8].numpy().tobytes(), "little")
+    header = json.loads(content[8:start].numpy().tobytes())
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        raw = data[begin:end].clone()                               # a copy is aligned for any type
+        raw = content[start + begin:start + end].clone()            # a copy is aligned for any type
         tensors[name] = raw.view(SAFETENSORS_TYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
@@ -832,12 +827,13 @@ def read_checkpoint(path, ema=True):
     Reads our files, the authors', bare state dicts, and the usual layouts of others.
     """
     file = read_weights(path)
-    averaged = [file[k] for k in ("model_ema", "ema") if isinstance(file.get(k), dict)]
-    raw = [file[k] for k in ("model", "state_dict") if isinstance(file.get(k), dict)]
-    if ema and raw and not averaged:
+    places = ["model_ema", "ema", "model", "state_dict"]
+    if not ema:
+        places.reverse()
+    found = [place for place in places if isinstance(file.get(place), dict)]
+    if ema and found and found[0] in ("model", "state_dict"):
         warnings.warn(f"{path} holds no averaged (EMA) weights: the raw ones are taken")
-    found = averaged + raw if ema else raw + averaged
-    state = found[0] if found else file
+    state = file[found[0]] if found else file
     # Prefixes that DDP, Lightning and torch.compile leave.
     prefixes = r"^(module\.|model\.)+|_orig_mod\."
     tensors = {n: w for n, w in state.items() if isinstance(n, str) and torch.is_tensor(w)}
@@ -847,27 +843,19 @@ def read_checkpoint(path, ema=True):
 
 def own_config(file, kind):
     """The config of a checkpoint of ours, or None: other programs store something else under that name."""
-    config = file.get("config")
-    if isinstance(config, dict) and config and config.keys() <= {f.name for f in fields(kind)}:
-        return kind(**config)
-    return None
+    try:
+        return kind(**file["config"])
+    except (KeyError, TypeError):
+        return None
 
 
 def load_named(module, state, path):
-    """load_state_dict that names what is missing, surplus or of another shape. Returns the module."""
-    own = module.state_dict()
-    both = own.keys() & state.keys()
-    other_shape = [f"{n}: file {tuple(state[n].shape)}, model {tuple(own[n].shape)}" for n in both
-                   if state[n].shape != own[n].shape]
-    other_type = [n for n in both if state[n].is_floating_point() != own[n].is_floating_point()]
-    for title, names in (("missing", own.keys() - state.keys()), ("surplus", state.keys() - own.keys()),
-                         ("of another shape", other_shape), ("of another type of numbers", other_type),
-                         ("without data", [n for n in both if state[n].is_meta])):
-        if names:
-            shown = ", ".join(sorted(names)[:8])
-            more = ", ..." if len(names) > 8 else ""
-            raise ValueError(f"{path}: {len(names)} tensors {title}: {shown}{more}")
-    module.load_state_dict(state)
+    """load_state_dict whose ValueError names the file: tensors missing, surplus or of another shape."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        problems = " ".join(str(error).split()[7:])                 # after "Error(s) in loading ... for X:"
+        raise ValueError(f"{path} does not fit: {problems[:600]}") from None
     return module
 
 
@@ -876,22 +864,19 @@ def atomic(path):
     """A file to write, renamed to `path` at the end: a kill or a full disk leaves the old or the new one."""
     temporary = f"{path}.{os.getpid()}.tmp"                         # a name that no other run takes
     try:
-        try:
-            with open(temporary, "wb") as f:
-                yield f
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-            raise
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch reports a failed write as a RuntimeError about positions in the file.
         cause = error
-        if not isinstance(error, OSError):
+        if isinstance(error, RuntimeError):                         # torch speaks of positions in the file
             cause = "the disk is full, or a quota or a size limit is reached"
         raise OSError(f"could not write {path}: {cause}; what was there before still is") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 # ---------------------------------------------------------------- images: uint8 (3, size, size), and a label
@@ -905,30 +890,25 @@ def center_crop(image, size):
     height = round(image.height * scale)
     if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(f"{image.width} x {image.height} pixels are too long and narrow to scale up")
-    left = (width - size) // 2
-    top = (height - size) // 2
-    # Pillow scales along x, rounds, then along y: cropping in between gives the same pixels sooner.
-    image = image.resize((width, image.height), Image.Resampling.BICUBIC)
-    image = image.crop((left, 0, left + size, image.height))
-    image = image.resize((size, height), Image.Resampling.BICUBIC)
-    return image.crop((0, top, size, top + size))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+# Of the kinds that Pillow knows, those that it decodes itself: others start programs (PostScript), or are
+# known to it by name alone (HDF5).
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
 def to_rgb(image):
     """PIL of any mode -> RGB: 16-bit grey is scaled to 8 bits, and what is transparent lies on white."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, of unknown range")
-    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+    if image.mode in ("I", "F"):
         raise ValueError("32-bit pixels, of unknown range")
-    if image.mode.startswith("I"):                                  # convert("RGB") would clip at 255
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("more than 16 bits a pixel")
-        image = Image.fromarray(np.round(grey / 257).astype(np.uint8))
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
+    if image.mode.startswith("I;16"):                               # convert("RGB") would clip at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, "white")
-        ground.alpha_composite(image)
+        ground.alpha_composite(image.convert("RGBA"))
         image = ground
     return image.convert("RGB")
 
@@ -937,9 +917,9 @@ class ImageFolder:
     """root/class/**/*.jpg, where the label is the rank of the class's name, or a flat folder (label 0).
 
     A class is a visible folder in root: names that begin with `.`, `__` or `@` are no data (editors, macOS
-    and network drives leave such), nor are files that begin with `.`. Every extension that Pillow reads
-    counts. A folder that links reach twice is walked once. Errors, since labels would move in silence: images
-    beside class folders, a class without images or one that cannot be read, a root that holds train and val.
+    and network drives leave such), nor are files that begin with `.`. Every extension of FORMATS counts. A
+    folder that links reach twice is walked once. Errors, since labels would move in silence: images beside
+    class folders, a class without images or one that cannot be read, a root that holds train and val.
 
     [i] or [(epoch, i)] -> uint8 (3, size, size), label; size None keeps the image's own. The coin of `flip`
     depends on (seed, epoch, i) alone. EXIF orientation is ignored, as in the published pipeline. An
@@ -954,10 +934,8 @@ class ImageFolder:
         self.seed = seed
         # One process walks the disks, so all have the same list.
         paths, self.labels, self.classes = from_rank_0(lambda: list_images(root))
-        self.num_classes = len(self.classes)
         self.paths = np.array([os.fsencode(p) for p in paths])  # one buffer: forked loaders do not copy it
         self.bad = torch.zeros(1, dtype=torch.long).share_memory_()
-        self.warned = set()
 
     def __len__(self):
         return len(self.paths)
@@ -971,10 +949,9 @@ class ImageFolder:
             image = self.read(os.fsdecode(self.paths[place]))
             if image is not None:
                 break
-            if place == index:
-                self.bad += 1
         else:
             raise ValueError(f"100 unreadable images in a row in {self.root!r}, from number {index} on")
+        self.bad += place != index                                  # it stands in for one that is not readable
         if self.flip and np.random.default_rng((self.seed, epoch, index)).random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a view: collating makes it contiguous
@@ -986,71 +963,50 @@ class ImageFolder:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # odd palettes are not worth a line each
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = to_rgb(Image.open(path))
+                image = to_rgb(Image.open(path, formats=FORMATS))
                 return center_crop(image, self.size) if self.size else image
         except Exception as error:  # Pillow raises many kinds on hostile files
-            if path not in self.warned:
-                warnings.warn(f"skipped unreadable image {path!r} ({one_line(error)})")
-            self.warned.add(path)
+            warnings.warn(f"skipped unreadable image {path!r} ({one_line(error)})")
             return None
 
 
 def list_images(root):
     """-> paths, labels, class names of a data folder, by the rule of ImageFolder."""
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"folder {root!r} does not exist: give root/class/*.jpg or a flat folder")
-    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    classes = [e.name for e in entries if e.is_dir() and is_data(e.name)]
-    flat = [e.path for e in entries if not e.is_dir() and is_image(e.name)]
-    if flat and classes:
-        image = os.path.basename(flat[0])
-        raise ValueError(f"{root!r} holds images ({image}, ...) beside folders ({classes[0]}, ...): "
-                         "give class folders alone, or images alone")
-    splits = [c for c in classes if c.lower() in ("train", "training", "val", "valid", "validation", "test")]
-    if len(splits) > 1:
-        raise ValueError(f"{root!r} holds {', '.join(splits)}: give {os.path.join(root, splits[0])!r}, say")
-    for entry in entries:
-        if entry.is_symlink() and not os.path.exists(entry.path) and not is_image(entry.name):
-            raise ValueError(f"{entry.path!r} is a link to nothing: mend or remove it")
-    if not classes:
-        if not flat:
-            raise ValueError(f"folder {root!r} holds no image that Pillow reads")
-        return flat, np.zeros(len(flat), int), ["0"]
-    paths, labels = [], []
-    seen = {os.path.realpath(root)}
-    for label, name in enumerate(classes):
-        found = sorted(images_below(os.path.join(root, name), seen))
-        if not found:
-            raise ValueError(f"class folder {os.path.join(root, name)!r} holds no image of its own: "
-                             "fill or remove it (later labels depend on it)")
-        paths += found
-        labels += [label] * len(found)
-    return paths, np.array(labels), classes
-
-
-def images_below(top, seen):
-    """Yields the paths of images in a folder and its sub-folders; `seen`: the folders seen before."""
     def fail(error):
         raise ValueError(f"cannot read folder {error.filename!r}: {error.strerror}")
 
-    for folder, folders, files in os.walk(top, onerror=fail, followlinks=True):
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"folder {root!r} does not exist: give root/class/*.jpg or a flat folder")
+    found = {}                                                      # class: paths; ".": those of root itself
+    seen = set()
+    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
         if os.path.realpath(folder) in seen:                        # links can lead in circles
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        folders[:] = filter(is_data, folders)
-        for name in files:
-            if is_image(name):
-                yield os.path.join(folder, name)
-
-
-def is_data(folder):
-    return not folder.startswith((".", "__", "@"))
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__", "@")))
+        name = os.path.relpath(folder, root).split(os.sep)[0]
+        found.setdefault(name, []).extend(os.path.join(folder, file) for file in files if is_image(file))
+    flat = sorted(found.pop("."))
+    classes = sorted(found)
+    if flat and classes:
+        raise ValueError(f"{root!r} holds images ({flat[0]}, ...) beside folders ({classes[0]}, ...): "
+                         "give class folders alone, or images alone")
+    if flat:
+        return flat, np.zeros(len(flat), int), ["0"]
+    if len({"train", "val", "valid", "validation", "test"} & set(classes)) > 1:
+        raise ValueError(f"{root!r} holds {', '.join(classes)}: give {os.path.join(root, classes[0])!r}, say")
+    empty = [os.path.join(root, name) for name in classes if not found[name]]
+    if empty or not classes:
+        raise ValueError(f"{(empty or [root])[0]!r} holds no image of its own ({', '.join(FORMATS)}): fill or remove "
+                         "it (the labels depend on it)")
+    paths = [path for name in classes for path in sorted(found[name])]
+    return paths, np.repeat(np.arange(len(classes)), [len(found[name]) for name in classes]), classes
 
 
 def is_image(name):
     kind = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
-    return not name.startswith(".") and kind in Image.OPEN
+    return not name.startswith(".") and kind in FORMATS
 
 
 class Shapes:
@@ -1066,7 +1022,7 @@ class Shapes:
         "triangle": lambda u, v: np.maximum(v - 0.6, 0.87 * np.abs(u) - 0.5 * v - 0.55),
         "cross": lambda u, v: np.maximum(np.minimum(np.abs(u), np.abs(v)) - 0.3,
                                          np.maximum(np.abs(u), np.abs(v)) - 1),
-        "flower": lambda u, v: np.hypot(u, v) - 0.7 - 0.3 * np.cos(5 * np.arctan2(u, -v)),
+        "flower": lambda u, v: np.hypot(u, v) - 0.5 - 0.5 * np.abs(np.cos(2.5 * np.arctan2(u, -v))),
         "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 1, 0.7 - np.hypot(u - 0.55, v)),
     }
     classes = list(DISTANCE)
@@ -1131,6 +1087,33 @@ def save_grid(path, images, columns):
     Image.fromarray(images.flatten(2, 3).flatten(0, 1).numpy()).save(path)
 
 
+def plot(path, panels, columns=4, width=280, height=170):
+    """{title: {label: [(x, y), ...]}} -> a picture of small charts, with the range of each axis."""
+    picture = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, (title, lines) in enumerate(panels.items()):
+        left, top = number % columns * width + 60, number // columns * height + 20
+        right, bottom = left + width - 75, top + height - 40
+        x, y = np.array([point for line in lines.values() for point in line]).T
+        draw.rectangle((left, top, right, bottom), outline="lightgrey")
+        draw.text((left, top - 14), title, "black")
+        draw.text((left - 4, top), f"{y.max():.4g}", "black", anchor="ra")
+        draw.text((left - 4, bottom), f"{y.min():.4g}", "black", anchor="rd")
+        draw.text((left, bottom + 4), f"{x.min():.4g}", "black")
+        draw.text((right, bottom + 4), f"{x.max():.4g}", "black", anchor="ra")
+        colors = ["steelblue", "crimson", "seagreen", "darkorange", "purple", "black"]
+        for k, (label, line) in enumerate(lines.items()):
+            line_x, line_y = np.array(line).T
+            places = [*zip(np.interp(line_x, (x.min(), x.max()), (left, right)),
+                           np.interp(line_y, (y.min(), y.max()), (bottom, top)))]
+            draw.line(places, colors[k], 2)
+            draw.text((right - 4, top + 4 + 12 * k), label, colors[k], anchor="ra")
+            if len(places) < 20:                                    # scores: dots
+                for place in places:
+                    draw.circle(place, 3, colors[k])
+    picture.save(path)
+
+
 # ---------------------------------------------------------------- processes, devices, seeds
 
 def start():
@@ -1147,15 +1130,16 @@ def start():
     if world > 1 and not dist.is_initialized():
         # An hour: all others wait while rank 0 writes a checkpoint or scores.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1), **options)
-    rank, world = rank_and_world()
-    return torch.device("cuda" if cuda else "cpu"), rank, world
+    return torch.device("cuda" if cuda else "cpu"), this_rank(), world_size()
 
 
-def rank_and_world():
-    """This process's number, and the number of processes."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+def this_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def from_rank_0(make):
@@ -1163,43 +1147,53 @@ def from_rank_0(make):
 
     A user's mistake that rank 0 finds is raised on all.
     """
-    rank, world = rank_and_world()
     result = [None]
-    if rank == 0:
+    if this_rank() == 0:
         try:
             result = [make()]
         except (ValueError, OSError) as error:
             result = [error]
-    if world > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(result)
     if isinstance(result[0], Exception):
         raise result[0]
     return result[0]
 
 
+WAYS_OUT = {  # of what a machine does not grant: words of the error, and what to do
+    "shared memory": "/dev/shm is too small for loaders: docker run --shm-size 8g, or --workers 0",
+    "Too many open files": "ulimit -n 65536, or fewer --workers",
+    "out of memory": "a smaller --micro_batch; in stage 2 also --grad_checkpoint",
+    "killed by signal": "main memory is full, perhaps: fewer --workers",
+    "compiler": "install gcc, or --no_compile",
+    "equal size": "the images have different sizes: --image_size",
+}
+
+
 def run_script(main):
     """Runs a script's main, and ends the process whatever happens: status 0, or 1 and the error.
 
-    A user's mistake is one line; anything else is a traceback. (argparse leaves by itself.)
+    A user's mistake, or a limit of the machine, is one line; anything else is a traceback. (argparse leaves
+    by itself.)
     """
     status = 1
     try:
         main()
         if dist.is_initialized():
-            dist.barrier()  # nobody leaves while others still talk
+            dist.barrier()                                          # nobody leaves while others still talk
+            dist.destroy_process_group()
         status = 0
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        ways = [way for words, way in WAYS_OUT.items() if words in str(error)]
+        if ways:
+            print(f"\n{one_line(error)}; {ways[0]}", file=sys.stderr)
+        else:
+            traceback.print_exc()
     end_loaders()
-    for thread in threading.enumerate():
-        if thread.name == "checkpoint":                             # one is being written
-            thread.join()
-    if dist.is_initialized() and status == 0:
-        dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: destructors of threads in C++ can abort a process whose work is done and saved.
@@ -1213,7 +1207,8 @@ def end_loaders():
         process.kill()
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+# A job's end (SIGTERM), Ctrl-C, a closed terminal, a scheduler's warning. Windows has some of them.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 def ignore_signals(_):
@@ -1224,36 +1219,43 @@ def ignore_signals(_):
 
 def cores():
     """CPU cores for this process's loaders: what the machine grants, divided among its processes."""
-    if not hasattr(os, "sched_getaffinity"):
-        granted, pinned = os.cpu_count() or 1, False
-    else:
-        granted = len(os.sched_getaffinity(0))
-        pinned = granted < len(os.sched_getaffinity(os.getppid()))  # torchrun gave each process its own cores
-    if not pinned:
-        granted = granted // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, granted)
+    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, granted // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def within(low, high, kind=float):
+    """A type for argparse, which names the flag before any work: numbers in [low, high]."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+    return parse
+
+
+COUNT = within(1, math.inf, int)
+POSITIVE = within(1e-12, 1e12)
+SHARE = within(0, 0.999999)                                         # of something; 1 would be all of it
+GUIDANCE = within(1, 1e6)
 
 
 def print_once(text):
     """On rank 0; at once, also where the output is a file or a pipe."""
-    rank, _ = rank_and_world()
-    if rank == 0:
+    if this_rank() == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
 
-def progress(*args, **options):
+def progress_bar(*args, **options):
     """A progress bar on rank 0; where the output is a file, a line now and then."""
-    rank, _ = rank_and_world()
     interval = 0.5 if sys.stderr.isatty() else 20
-    return tqdm(*args, disable=rank > 0, mininterval=interval, **options)
+    return tqdm(*args, disable=this_rank() > 0, mininterval=interval, **options)
 
 
 def local_batches(data, batch=64, workers=0, desc="evaluate"):
     """Batches of this process's share of a data set: images rank, rank + world, and so on, in order."""
-    rank, world = rank_and_world()
-    part = Subset(data, range(rank, len(data), world))
-    return progress(DataLoader(part, batch, num_workers=workers, worker_init_fn=ignore_signals),
+    part = Subset(data, range(this_rank(), len(data), world_size()))
+    return progress_bar(DataLoader(part, batch, num_workers=workers, worker_init_fn=ignore_signals),
                     desc=desc, leave=False)
 
 
@@ -1272,23 +1274,16 @@ def sample_noise(seed, indices, N, C):
 
 
 def training_precision(device, float32=False):
-    """The autocast of the networks: bf16 on CUDA. float32 switches it off, and TF32 with it."""
-    if float32:
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+    """The autocast of the networks: bf16 on CUDA, or there with float32 none."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and not float32)
 
 
 def compile_blocks(device, switched_off, *nets):
     """torch.compile of every transformer block (on CUDA), or of a net's forward where it has none.
 
-    Blocks, since DDP would cut the graph of a whole network into many. Not before torch 2.9: 2.6 gave other
-    gradients with it under DDP (seen with Inductor on a CPU).
+    Blocks, since DDP would cut the graph of a whole network into many.
     """
     if device.type != "cuda" or switched_off:
-        return
-    if torch.__version__ < (2, 9):
-        warnings.warn(f"torch {torch.__version__}: not compiled, which needs 2.9; slower, and more memory")
         return
     torch._dynamo.config.optimize_ddp = False                       # a block is one graph: nothing to cut
     torch._inductor.config.compile_threads = cores()                # not the machine's for each process
