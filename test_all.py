@@ -1,6 +1,6 @@
 """The tests: pytest test_all.py. Small, on the CPU, no network, nothing outside this folder.
 
-    python -m pytest -q test_all.py                # 3 minutes on 2 cores
+    python -m pytest -q test_all.py                # 4 minutes on 2 cores
     python -m pytest -q test_all.py -m slow        # the slow ones: 4 minutes
 
 Golden numbers: the weights are a function of each published tensor's name, so nothing large is stored; the

@@ -1097,10 +1097,10 @@ def plot(path, panels, columns=4, width=280, height=170):
         x, y = np.array([point for line in lines.values() for point in line]).T
         draw.rectangle((left, top, right, bottom), outline="lightgrey")
         draw.text((left, top - 14), title, "black")
-        draw.text((left - 4, top), f"{y.max():.4g}", "black", anchor="ra")
-        draw.text((left - 4, bottom), f"{y.min():.4g}", "black", anchor="rd")
-        draw.text((left, bottom + 4), f"{x.min():.4g}", "black")
-        draw.text((right, bottom + 4), f"{x.max():.4g}", "black", anchor="ra")
+        draw.text((left - 4, top), f"{y.max():.3g}", "black", anchor="ra")
+        draw.text((left - 4, bottom), f"{y.min():.3g}", "black", anchor="rd")
+        draw.text((left, bottom + 4), f"{x.min():.3g}", "black")
+        draw.text((right, bottom + 4), f"{x.max():.3g}", "black", anchor="ra")
         colors = ["steelblue", "crimson", "seagreen", "darkorange", "purple", "black"]
         for k, (label, line) in enumerate(lines.items()):
             line_x, line_y = np.array(line).T

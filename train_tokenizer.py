@@ -225,8 +225,8 @@ def parse(argv=None):
         p.error(f"--mask_min {args.mask_min} --mask_max {args.mask_max}: need min <= max, and 0 <= max < 1")
     if args.target == "hidden" and args.mask_max == 0:
         p.error("--target hidden with --mask_max 0: no patch is ever hidden")
-    if args.init and args.finetune_decoder:
-        p.error("--init trains all of a checkpoint, --finetune_decoder its pixel decoder: give one")
+    if args.finetune_decoder and (args.init or args.distill != "none"):
+        p.error("--finetune_decoder trains a checkpoint's pixel decoder alone: no --init, no --distill")
     return args
 
 
