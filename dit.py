@@ -38,9 +38,9 @@ def flow_loss(model, z, y, shift, noise=None, u=None):
     return ((v.float() - (z - noise)) ** 2).mean((1, 2))
 
 
-def sample(model, noise, y, steps, shift, **options):
+def sample(model, noise, y, steps, shift, cfg=1.0, interval=(0, 1), guide=None, solver="euler"):
     """noise (B, N, C), classes y (B,) -> latents (B, N, C), normalised: the end of sample_path."""
-    for _, z in sample_path(model, noise, y, steps, shift, **options):
+    for _, z in sample_path(model, noise, y, steps, shift, cfg, interval, guide, solver):
         pass
     return z
 
@@ -272,7 +272,8 @@ def load_dit(path, config=None, ema=True):
     """DiT in eval mode, from our checkpoints or the authors' ditdh*.pth: EMA weights, or raw (ema=False).
 
     The config comes from our file, or is inferred where the widths are a preset's; other files need `config`.
-    A class table of another length is fresh, but for the null class. `model.extras` is what else our file holds: latent statistics, tokenizer path and fingerprint, class names, step.
+    A class table of another length is fresh, but for the null class. `model.extras` is what else our file
+    holds: latent statistics, tokenizer path and fingerprint, class names, step.
     """
     file, state = read_checkpoint(path, ema)
     with naming(path, "a DiT-DH"):

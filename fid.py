@@ -22,9 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import Subset
 
-from tokenizer import (COUNT, ImageFolder, Shapes, atomic, cores, flow, load_named, load_teacher, local_batches,
-                       naming, print_once, read_weights, run_script, sample_noise, start, this_rank,
-                       to_float, to_uint8, weight_file, weights_hash, world_size)
+from tokenizer import (COUNT, ImageFolder, Shapes, atomic, cores, flow, load_named, load_teacher,
+                       local_batches, naming, print_once, read_weights, run_script, sample_noise, start,
+                       this_rank, to_float, to_uint8, weight_file, weights_hash, world_size)
 
 # ---------------------------------------------------------------- scores of two sets of images
 
@@ -212,9 +212,9 @@ def linear_probe(model, train, held_out, seed, workers=0, max_images=100_000):
     train_part = Subset(train, range(0, len(train), math.ceil(len(train) / max_images)))
 
     def batches(data, first, size=64):
-        """Its share of a set -> {kind: inputs (T, B, D + 1)}, one-hot labels. first: where the set's noise begins."""
+        """Its share -> {kind: inputs (T, B, D + 1)}, one-hot labels. first: keeps the noise of sets apart."""
         for number, (images, labels) in enumerate(local_batches(data, size, workers)):
-            places = first + this_rank() + world_size() * (size * number + np.arange(len(labels)))  # in the set
+            places = first + this_rank() + world_size() * (size * number + np.arange(len(labels)))
             inputs = probe_inputs(model, to_float(images.to(device)), places, seed)
             yield inputs, F.one_hot(labels.to(device), len(train.classes)).double()
 
@@ -238,8 +238,8 @@ def linear_probe(model, train, held_out, seed, workers=0, max_images=100_000):
 
 
 def probe_inputs(model, images, places, seed):
-    """What the classifiers of linear_probe read: token means with a 1 appended, (T, B, D + 1) by kind, for the
-    T times of PROBE_TIMES."""
+    """What the classifiers of linear_probe read: token means with a 1 appended, (T, B, D + 1) by kind, for
+    the T times of PROBE_TIMES."""
     z, _ = model.encode(images)
     noise = sample_noise(seed, places, *z.shape[1:]).to(z.device)
     flows = [flow(z, noise, torch.full((len(z),), t, device=z.device)) for t in PROBE_TIMES]
@@ -252,7 +252,7 @@ def probe_inputs(model, images, places, seed):
 # ---------------------------------------------------------------- from images to features
 
 class Features:
-    """inception, a teacher's name or its file: uint8 images -> features (B, D), logits (B, 1008) or (B, 0)."""
+    """inception, a teacher or its file: uint8 images -> features (B, D), logits (B, 1008) or (B, 0)."""
 
     def __init__(self, name, weights, device):
         self.inception = name == "inception"
@@ -261,7 +261,7 @@ class Features:
         self.device = device
         self.score = "FID" if self.inception else "FD"              # only Inception's distance is called FID
         self.name = name
-        self.head = None                                            # a teacher.pt has one, for Shapes' classes
+        self.head = None                                            # a teacher.pt has one, for Shapes
         if os.path.isfile(name):                                    # known by its weights, not by its path
             self.name = f"{os.path.basename(name)} {weights_hash(self.net)[:8]}"
             self.head = read_weights(name).get("head")
@@ -289,7 +289,7 @@ def collect(batches):
 
 def extract_data(features, data, batch=64, workers=0):
     """collect() of a data set."""
-    if not isinstance(data, ImageFolder):                           # they lie in memory
+    if not isinstance(data, ImageFolder):                           # no files to decode
         workers = 0
     found = [features(images) for images, _ in local_batches(data, batch, workers, features.name)]
     if hasattr(data, "bad"):                                        # a replaced image would count twice
@@ -403,7 +403,7 @@ def chain(block, names, x):
 
 
 def convolutions(*rows):
-    """Rows of (name, in, out, kernel[, stride, padding]); by default the size stays. BatchNorm is folded in."""
+    """Rows of (name, in, out, kernel[, stride, padding]); else the size stays. BatchNorm is folded in."""
     block = nn.ModuleDict()
     for name, channels_in, channels_out, kernel, *more in rows:
         stride, padding = more or (1, "same")
@@ -511,8 +511,9 @@ class Arrays:
     def __init__(self, path):
         self.root = path
         self.images = np.load(path, allow_pickle=False)["arr_0"]
-        if self.images.dtype != np.uint8 or self.images.shape[3:] != (3,):
-            raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 3), not {self.images.dtype} {self.images.shape}")
+        kind, shape = self.images.dtype, self.images.shape
+        if kind != np.uint8 or shape[3:] != (3,):
+            raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 3), not {kind} {shape}")
 
     def __reduce__(self):
         return Arrays, (self.root,)
@@ -541,7 +542,7 @@ def read(path, image_size=None):
                 mu, sigma = file["mu"].squeeze(), file["sigma"]
                 finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
                 if sigma.shape != (mu.size, mu.size) or not finite:
-                    raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} are no finite mean and covariance")
+                    raise ValueError(f"mu {mu.shape}, sigma {sigma.shape}: no finite mean and covariance")
                 found |= {"mu": mu, "sigma": sigma}
             elif "arr_0" not in file:
                 raise ValueError("neither is in it")
@@ -554,17 +555,17 @@ def read(path, image_size=None):
 def measure(features, side, batch=64, workers=0, images=False):
     """mu, sigma, n of a result of read(): the file's own, or those of its images. With `images`, also what
     collect() finds in these."""
-    found = {}
-    if images or "mu" not in side:
-        found = extract_data(features, side["images"], batch, workers)
+    given = {}
     if "mu" in side:
         kind = side.get("features", features.name)
         # Networks are known by their hash, or else by their name.
         if len(side["mu"]) != features.width or kind.split()[-1] != features.name.split()[-1]:
             raise ValueError(f"{side['path']}: statistics of {len(side['mu'])} features ({kind}), where "
                              f"{features.name} has {features.width}")
-        found |= {"mu": side["mu"], "sigma": side["sigma"], "n": side.get("n")}
-    return found
+        given = {"mu": side["mu"], "sigma": side["sigma"], "n": side.get("n")}
+    if images or not given:
+        return extract_data(features, side["images"], batch, workers) | given
+    return given
 
 
 def open_reference(path, features, image_size, workers=0):
@@ -583,10 +584,10 @@ def compare(features, samples, reference, batch=64, workers=0):
     """Two results of read() -> scores, with what they were measured on. FID uses statistics where a file has
     them; precision and recall need images on both sides, IS those of the samples."""
     both = samples["images"] is not None and reference["images"] is not None
-    one = measure(features, samples, batch, workers, images=both)
     other = measure(features, reference, batch, workers, images=both)
+    one = measure(features, samples, batch, workers, images=both)
     scores = {features.score: frechet(one, other)}
-    if features.inception and "logits" in one and one["n"] >= 10:
+    if features.inception and "logits" in one and len(samples["images"]) >= 10:
         logits = in_order(one["logits"], len(samples["images"]))
         scores["IS"], scores["IS_std"] = inception_score(logits)
     if both:
@@ -630,6 +631,8 @@ def main(argv=None):
     if target:
         target = target.removesuffix(".npz") + ".npz"
         check_writable(target)
+        if os.path.exists(target) and os.path.samefile(target, args.samples):
+            raise ValueError(f"--save_stats {target}: that is the input")
     samples = read(args.samples, args.image_size)
     if target:
         if samples["images"] is None:

@@ -33,7 +33,8 @@ def parse(argv=None):
     add("--guide", help="a smaller, less trained DiT: AutoGuidance instead of the null class")
     add("--classes", nargs="+", help="names, or else numbers, one a column; unset: 8 of them, all for --save")
     # --num_samples: a newer torchrun takes --num as short for its own --numa-binding, and refuses it.
-    add("--num", "--num_samples", type=COUNT, help="of samples; sample i has class classes[i %% len(classes)]")
+    add("--num", "--num_samples", type=COUNT,
+        help="of samples; sample i has class classes[i %% len(classes)]")
     add("--cfg", type=GUIDANCE, default=1.0, help="w >= 1 in v = v_weak + w (v - v_weak); 1: no guidance")
     add("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="guided range of t")
     add("--steps", type=COUNT, default=49, help="grid intervals: the authors' 50 points are 49, 150 are 149")
@@ -93,13 +94,14 @@ def main(argv=None):
     if args.save:
         nets = [net for net in (model, guide, tokenizer) if net is not None]
         recipe |= {"batch": "any", "weights": weights_hash(*nets)}
-        mark = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]      # other samples, another folder
+        mark = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]      # of another recipe: another
         compile_blocks(device, args.no_compile, *nets)
         save_all(args.save, f"{args.save}.{mark}.parts", labels, draw_samples)
     elif rank == 0 and args.trajectory:
         noise = sample_noise(args.seed, range(num), config.grid ** 2, config.channels).to(device)
         with precision:
-            path = list(sample_path(model, noise, torch.tensor(labels, device=device), guide=guide, **options))
+            y = torch.tensor(labels, device=device)
+            path = list(sample_path(model, noise, y, guide=guide, **options))
         if len(path) > 8:                                           # eight moments, with the first and last
             path = [path[i * (len(path) - 1) // 7] for i in range(8)]
         strip = torch.stack([to_uint8(decode_normalised(tokenizer, stats, z)) for _, z in path], dim=1)
@@ -129,13 +131,12 @@ def open_networks(args, device):
     guide = None
     if args.guide:
         guide = load_dit(args.guide).to(device)
-        same = all(getattr(guide.config, k) == getattr(config, k) for k in ("grid", "channels", "num_classes"))
-        latents = {extras.get("fingerprint"), guide.extras.get("fingerprint")} - {None}     # the authors' have none
-        if not same or len(latents) > 1:
+        fits = [getattr(guide.config, k) == getattr(config, k) for k in ("grid", "channels", "num_classes")]
+        latents = {extras.get("fingerprint"), guide.extras.get("fingerprint")} - {None}     # theirs have none
+        if not all(fits) or len(latents) > 1:
             raise ValueError(f"--guide {args.guide} was trained on other latents or classes than {args.dit}")
-    path = args.tokenizer or extras.get("tokenizer", "")
-    if not args.tokenizer and not os.path.exists(path):             # the folders were moved together
-        path = os.path.join(os.path.dirname(args.dit), extras.get("tokenizer_from_here", ""))
+    # Where the DiT's own folder says, which may have moved together with the tokenizer's.
+    path = args.tokenizer or os.path.join(os.path.dirname(args.dit), extras.get("tokenizer", ""))
     if not os.path.isfile(path):
         raise ValueError(f"no tokenizer of {args.dit} at {path!r}: give --tokenizer")
     tokenizer = load_tokenizer(path).to(device)
@@ -152,7 +153,7 @@ def open_networks(args, device):
 
 
 def open_statistics(args, model, tokenizer, device):
-    """Latent mean and std (C,): of our checkpoint, or for the authors' DiTs, whose files hold none, of --stats.
+    """Latent mean and std (C,): of our checkpoint, or for the authors' DiTs, which hold none, of --stats.
 
     Where that file does not exist it is computed from --data: as they were trained, of posterior means.
     """
@@ -171,9 +172,10 @@ def open_statistics(args, model, tokenizer, device):
         return stats
     with naming(args.stats, f"an npz with the mean and std of {model.config.channels} channels"):
         with np.load(args.stats, allow_pickle=False) as file:
-            stats = torch.from_numpy(np.stack([file["mean"], file["std"]])).float().view(2, model.config.channels)
+            stats = torch.from_numpy(np.stack([file["mean"], file["std"]])).float()
+            stats = stats.view(2, model.config.channels)
             if str(file.get("fingerprint", "")) not in ("", fingerprint(tokenizer)):
-                raise ValueError("statistics of another tokenizer")
+                warnings.warn(f"{args.stats} has statistics of another tokenizer (other encoder weights)")
     return stats.to(device)
 
 
@@ -201,7 +203,7 @@ def save_all(path, folder, labels, draw_samples):
     if world_size() > 1:
         dist.barrier()
     if this_rank() == 0:
-        images = np.concatenate([np.load(part) for part in parts])
+        images = np.concatenate([np.load(part, mmap_mode="r") for part in parts])
         with atomic(path) as f:
             np.savez(f, arr_0=images, labels=np.array(labels))
         shutil.rmtree(folder)

@@ -80,7 +80,7 @@ def time_grid(steps, shift, device=None):
     """
     times = sample_time(steps + 1, shift, torch.linspace(1, 0, steps + 1, device=device))
     if abs(times[0]) > 1e-6 or abs(times[-1] - 1) > 1e-6:
-        raise ValueError(f"sample_time goes from t = {times[0]} to {times[-1]}: it must go from 0 (u = 1) to 1")
+        raise ValueError(f"sample_time is {times[0]} at u = 1 and {times[-1]} at u = 0: it must be 0 and 1")
     return times.clamp(0, 1)
 
 
@@ -143,10 +143,10 @@ class RecTok(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = PixelDecoder(config)
         for part, size in ((self.encoder, config.encoder), (self.decoder, config.decoder)):
-            width, _, _ = SIZES[size]
+            width, _, _ = SIZES[size]                               # published: 0.02, at width 768
             for module in part.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    nn.init.trunc_normal_(module.weight, std=0.02 * (768 / width) ** 0.5)   # published: 0.02 at 768
+                    nn.init.trunc_normal_(module.weight, std=0.02 * (768 / width) ** 0.5)
                     nn.init.zeros_(module.bias)
         # The semantic decoders, one a teacher, keep PyTorch's own initial values, as published.
         self.sem_decoders = nn.ModuleList()
@@ -301,16 +301,14 @@ class Transformer(nn.ModuleList):
         freqs = 2 * math.pi * 7.0 * (7.0 / 7e-4) ** torch.linspace(0, -1, width // heads // 4)
         rope = axial_rope(torch.linspace(0, 1, grid), freqs.repeat(2))
         self.register_buffer("rope", rope, persistent=False)
-        self.compiled = False                                       # set by compile_blocks
 
     def forward(self, x, visible=None):
         """x (B, K, W), the tokens at places `visible` (B, K) or all N -> the same shape."""
         rope = self.rope                                            # (2, N, d)
         if visible is not None:
             rope = self.rope[:, visible]                            # (2, B, K, d)
-            if self.compiled:                                       # one graph for any K, from the start
-                torch._dynamo.maybe_mark_dynamic(x, 1)
-                torch._dynamo.maybe_mark_dynamic(rope, 2)
+            torch._dynamo.maybe_mark_dynamic(x, 1)                  # compiled: one graph for any K
+            torch._dynamo.maybe_mark_dynamic(rope, 2)
         for block in self:
             x = block(x, rope)
         return x
@@ -390,12 +388,12 @@ def rotate(x, rope):
 # ---------------------------------------------------------------- the teacher: a vision foundation model
 
 class Normalize(nn.Module):
-    """Images in [-1, 1] -> as the frozen networks were trained on them; by default with ImageNet's statistics."""
+    """Images in [-1, 1] -> by ImageNet's mean and deviation, as most frozen networks were trained."""
 
-    def __init__(self, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+    def __init__(self):
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def forward(self, images):
         return (images * 0.5 + 0.5 - self.mean) / self.std
@@ -598,7 +596,7 @@ def teacher_file(name, weights="weights"):
     """Its file in the folder `weights`: the publisher's, transformers' as NAME.safetensors, or timm's."""
     _, *files = TEACHERS[name]
     for file in (files[0], f"{name}.safetensors"):
-        if os.path.isfile(os.path.join(weights, file)):
+        if os.path.isfile(f"{weights}/{file}"):
             return file
     return files[-1]
 
@@ -611,23 +609,24 @@ def load_teacher(name, weights="weights"):
     path = None
     if os.path.isfile(name):
         path = name
-        known = {file: row for row, (_, *files) in TEACHERS.items() for file in (*files, f"{row}.safetensors")}
+        known = {}
+        for row, (_, *files) in TEACHERS.items():
+            known |= dict.fromkeys([*files, f"{row}.safetensors"], row)
         name = known.get(os.path.basename(path))
     elif name not in TEACHERS:
         raise ValueError(f"unknown teacher {name!r}: give a file of one, or one of {', '.join(TEACHERS)}")
     elif weights != "random":
         path = weight_file(teacher_file(name, weights), weights)
-    halves = Normalize((0.5,) * 3, (0.5,) * 3)
     if name is None:
         with naming(path, "a teacher: neither a teacher.pt of --tiny nor a published file by its own name"):
             file = read_weights(path)
             net = load_named(DINO(**file["config"]), file["model"], path)
-        return Teacher(net, net.patch, halves)
+        return Teacher(net, net.patch, nn.Identity())
     net = DINO(*TEACHERS[name][0])
     if path:
         with naming(path, name):
             net.load_published(read_weights(path), path)
-    return Teacher(net, 16, halves if net.version == "siglip" else Normalize())
+    return Teacher(net, 16, nn.Identity() if net.version == "siglip" else Normalize())     # it wants [-1, 1]
 
 
 # ---------------------------------------------------------------- loading tokenizers
@@ -737,7 +736,7 @@ def weight_file(name, weights="weights"):
     """
     if os.path.isfile(weights):
         return weights
-    path = os.path.join(weights, name)
+    path = f"{weights}/{name}"
     if not os.path.exists(path) and os.environ.get("LOCAL_RANK", "0") == "0":
         url = download_address(name)
         if "dinov3" in name:
@@ -757,7 +756,7 @@ def weight_file(name, weights="weights"):
 
 
 def fetch_weights(names, weights):
-    """weight_file of each. What cannot be downloaded is named all at once, with the commands that fetch it."""
+    """weight_file of each. What cannot be downloaded is named at once, with the commands that fetch it."""
     problems = []
     for name in names:
         try:
@@ -854,7 +853,7 @@ def load_named(module, state, path):
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        problems = " ".join(str(error).split()[7:])                 # after "Error(s) in loading ... for X:"
+        problems = " ".join(str(error).split()[6:])                 # after "Error(s) in loading ... for X:"
         raise ValueError(f"{path} does not fit: {problems[:600]}") from None
     return module
 
@@ -936,6 +935,7 @@ class ImageFolder:
         paths, self.labels, self.classes = from_rank_0(lambda: list_images(root))
         self.paths = np.array([os.fsencode(p) for p in paths])  # one buffer: forked loaders do not copy it
         self.bad = torch.zeros(1, dtype=torch.long).share_memory_()
+        self.warned = set()
 
     def __len__(self):
         return len(self.paths)
@@ -951,7 +951,7 @@ class ImageFolder:
                 break
         else:
             raise ValueError(f"100 unreadable images in a row in {self.root!r}, from number {index} on")
-        self.bad += place != index                                  # it stands in for one that is not readable
+        self.bad += place != index                                  # another one stands in
         if self.flip and np.random.default_rng((self.seed, epoch, index)).random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a view: collating makes it contiguous
@@ -966,7 +966,9 @@ class ImageFolder:
                 image = to_rgb(Image.open(path, formats=FORMATS))
                 return center_crop(image, self.size) if self.size else image
         except Exception as error:  # Pillow raises many kinds on hostile files
-            warnings.warn(f"skipped unreadable image {path!r} ({one_line(error)})")
+            if path not in self.warned:
+                warnings.warn(f"skipped unreadable image {path!r} ({one_line(error)})")
+            self.warned.add(path)
             return None
 
 
@@ -980,13 +982,17 @@ def list_images(root):
     found = {}                                                      # class: paths; ".": those of root itself
     seen = set()
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        name = os.path.relpath(folder, root).split(os.sep)[0]
+        paths = found.setdefault(name, [])
         if os.path.realpath(folder) in seen:                        # links can lead in circles
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__", "@")))
-        name = os.path.relpath(folder, root).split(os.sep)[0]
-        found.setdefault(name, []).extend(os.path.join(folder, file) for file in files if is_image(file))
+        paths += [f"{folder}/{file}" for file in files if is_image(file)]
+        lost = [file for file in files if not os.path.exists(f"{folder}/{file}") and not is_image(file)]
+        if name == "." and lost:
+            raise ValueError(f"{root}/{lost[0]} is a link to nothing: mend or remove it")
     flat = sorted(found.pop("."))
     classes = sorted(found)
     if flat and classes:
@@ -994,12 +1000,13 @@ def list_images(root):
                          "give class folders alone, or images alone")
     if flat:
         return flat, np.zeros(len(flat), int), ["0"]
-    if len({"train", "val", "valid", "validation", "test"} & set(classes)) > 1:
-        raise ValueError(f"{root!r} holds {', '.join(classes)}: give {os.path.join(root, classes[0])!r}, say")
-    empty = [os.path.join(root, name) for name in classes if not found[name]]
+    splits = {"train", "training", "val", "valid", "validation", "test"}
+    if len(splits & {name.lower() for name in classes}) > 1:
+        raise ValueError(f"{root!r} holds {', '.join(classes)}: give {root + '/' + classes[0]!r}, say")
+    empty = [f"{root}/{name}" for name in classes if not found[name]]
     if empty or not classes:
-        raise ValueError(f"{(empty or [root])[0]!r} holds no image of its own ({', '.join(FORMATS)}): fill or remove "
-                         "it (the labels depend on it)")
+        raise ValueError(f"{(empty or [root])[0]!r} holds no image of its own ({', '.join(FORMATS)}): "
+                         "fill or remove it (the labels depend on it)")
     paths = [path for name in classes for path in sorted(found[name])]
     return paths, np.repeat(np.arange(len(classes)), [len(found[name]) for name in classes]), classes
 
@@ -1046,7 +1053,7 @@ class Shapes:
         angle, ground_angle = rng.uniform(0, 2 * np.pi, 2)
         center = rng.uniform(-0.2, 0.2, (2, 1))
         fill, one_end, other_end = self.saturated(rng.uniform(0, 6, 3))                     # (3, 1, 1) each
-        place = (np.arange(self.size) + 0.5) / self.size * 2 - 1                            # of pixels, -1 to 1
+        place = (np.arange(self.size) + 0.5) / self.size * 2 - 1                          # of pixels, -1 to 1
 
         # The ground: from one end to the other along a direction.
         along = np.cos(ground_angle) * place[None, :] + np.sin(ground_angle) * place[:, None]
@@ -1087,20 +1094,17 @@ def save_grid(path, images, columns):
     Image.fromarray(images.flatten(2, 3).flatten(0, 1).numpy()).save(path)
 
 
-def plot(path, panels, columns=4, width=280, height=170):
+def plot(path, panels, columns=5, width=230, height=150):
     """{title: {label: [(x, y), ...]}} -> a picture of small charts, with the range of each axis."""
     picture = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
     draw = ImageDraw.Draw(picture)
     for number, (title, lines) in enumerate(panels.items()):
-        left, top = number % columns * width + 60, number // columns * height + 20
-        right, bottom = left + width - 75, top + height - 40
+        left, top = number % columns * width + 10, number // columns * height + 32
+        right, bottom = left + width - 20, top + height - 40
         x, y = np.array([point for line in lines.values() for point in line]).T
         draw.rectangle((left, top, right, bottom), outline="lightgrey")
-        draw.text((left, top - 14), title, "black")
-        draw.text((left - 4, top), f"{y.max():.3g}", "black", anchor="ra")
-        draw.text((left - 4, bottom), f"{y.min():.3g}", "black", anchor="rd")
-        draw.text((left, bottom + 4), f"{x.min():.3g}", "black")
-        draw.text((right, bottom + 4), f"{x.max():.3g}", "black", anchor="ra")
+        text = f"{title}\n{y.min():.3g} to {y.max():.3g}, over {x.min():g} to {x.max():g}"
+        draw.text((left, top - 28), text, "black")
         colors = ["steelblue", "crimson", "seagreen", "darkorange", "purple", "black"]
         for k, (label, line) in enumerate(lines.items()):
             line_x, line_y = np.array(line).T
@@ -1161,11 +1165,11 @@ def from_rank_0(make):
 
 
 WAYS_OUT = {  # of what a machine does not grant: words of the error, and what to do
-    "shared memory": "/dev/shm is too small for loaders: docker run --shm-size 8g, or --workers 0",
     "Too many open files": "ulimit -n 65536, or fewer --workers",
+    "shared memory": "/dev/shm is too small for loaders: docker run --shm-size 8g, or --workers 0",
     "out of memory": "a smaller --micro_batch; in stage 2 also --grad_checkpoint",
     "killed by signal": "main memory is full, perhaps: fewer --workers",
-    "compiler": "install gcc, or --no_compile",
+    "C compiler": "install gcc, or --no_compile",
     "equal size": "the images have different sizes: --image_size",
 }
 
@@ -1183,14 +1187,14 @@ def run_script(main):
             dist.barrier()                                          # nobody leaves while others still talk
             dist.destroy_process_group()
         status = 0
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     except Exception as error:
         ways = [way for words, way in WAYS_OUT.items() if words in str(error)]
         if ways:
             print(f"\n{one_line(error)}; {ways[0]}", file=sys.stderr)
+        elif isinstance(error, (ValueError, OSError, FloatingPointError)):
+            print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
     end_loaders()
@@ -1208,7 +1212,8 @@ def end_loaders():
 
 
 # A job's end (SIGTERM), Ctrl-C, a closed terminal, a scheduler's warning. Windows has some of them.
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+           if hasattr(signal, name)]
 
 
 def ignore_signals(_):
@@ -1225,12 +1230,12 @@ def cores():
 
 def within(low, high, kind=float):
     """A type for argparse, which names the flag before any work: numbers in [low, high]."""
-    def parse(text):
+    def number(text):
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
-    return parse
+    return number
 
 
 COUNT = within(1, math.inf, int)
@@ -1254,6 +1259,8 @@ def progress_bar(*args, **options):
 
 def local_batches(data, batch=64, workers=0, desc="evaluate"):
     """Batches of this process's share of a data set: images rank, rank + world, and so on, in order."""
+    if len(data) < world_size():
+        raise ValueError(f"{len(data)} images for {world_size()} processes: too few")
     part = Subset(data, range(this_rank(), len(data), world_size()))
     return progress_bar(DataLoader(part, batch, num_workers=workers, worker_init_fn=ignore_signals),
                     desc=desc, leave=False)
@@ -1291,6 +1298,3 @@ def compile_blocks(device, switched_off, *nets):
         blocks = [m for m in net.modules() if type(m).__name__.endswith("Block")]
         for module in blocks or [net]:
             module.compile()
-        for module in net.modules():
-            if isinstance(module, Transformer):
-                module.compiled = True

@@ -19,7 +19,8 @@ from dit import PRESETS, DiT, DiTConfig, flow_loss, generate, latent_statistics,
 from fid import collect, frechet, in_order, inception_score, open_reference
 from tokenizer import (COUNT, GUIDANCE, POSITIVE, SHARE, compile_blocks, fingerprint, load_tokenizer,
                        local_batches, print_once, progress_bar, run_script,
-                       save_grid, seed_of, start, this_rank, to_float, to_uint8, training_precision, world_size)
+                       save_grid, seed_of, start, this_rank, to_float, to_uint8,
+                       training_precision, world_size)
 from train_tokenizer import (Run, data_parallel, flow_shift, given_flags, load_batches, open_data,
                              open_features, run_parser, split_batch, step_at, update_ema)
 
@@ -60,7 +61,7 @@ TINY = dict(data="shapes", size="nano", shift="2", steps=1500, batch=32, lr=4e-3
 
 
 def parse(argv=None):
-    p = run_parser(__doc__, "train_dit.py --data my_images --tokenizer out/tokenizer/last.pt --size S --steps 50000")
+    p = run_parser(__doc__, "train_dit.py --data my_images --tokenizer RecTok.pth --size S --steps 50000")
     p.set_defaults(out="out/dit", epochs=800.0, ema=0.9995, eval_every=50000)
     add = p.add_argument_group("stage 2").add_argument
     add("--tokenizer", default="out/tokenizer/last.pt",
@@ -123,7 +124,7 @@ def main(argv=None):
     features = open_features(args, args.tokenizer, device, args.weights) if args.reference else None
     reference = open_reference(args.reference, features, shape.image_size, args.workers)
     if reference is None:
-        print_once("no scores of samples: --features and --reference (a folder of images, or an npz) give them")
+        print_once("no scores of samples: --reference (a folder of images, or an npz) gives them")
     if run.checkpoint:
         stats = run.checkpoint["latent_mean"].to(device), run.checkpoint["latent_std"].to(device)
     else:
@@ -171,16 +172,16 @@ def main(argv=None):
         if run.saving:
             state = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config),
                      "latent_mean": stats[0].cpu(), "latent_std": stats[1].cpu(),
-                     "tokenizer": os.path.abspath(args.tokenizer), "fingerprint": mark,
-                     "tokenizer_from_here": os.path.relpath(args.tokenizer, args.out)}
+                     "tokenizer": os.path.relpath(args.tokenizer, args.out), "fingerprint": mark}
             run.save(done, state, {"optimizer": optimizer.state_dict()})
         if rank == 0 and (done % args.sample_every == 0 or done == run.last) and not run.leave:
             images = draw_samples(range(len(shown)), shown)
-            save_grid(os.path.join(args.out, f"step_{done}.png"), images, columns)
+            save_grid(f"{args.out}/step_{done}.png", images, columns)
         scores = {}
         if run.scoring and reference is not None:
             for cfg in sorted({1.0, args.cfg}):                     # without guidance, and with: NAME_cfg
-                scores |= score_samples(draw_samples, cfg, args.eval_num, config.num_classes, features, reference)
+                scores |= score_samples(draw_samples, cfg, args.eval_num, config.num_classes, features,
+                                        reference)
             line = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
             print_once(f"{line} (step {done}, EMA, {args.eval_num} samples, {args.sample_steps} steps, CFG "
                        f"{args.cfg}, seed {args.seed}; against {args.reference}, {features.name})")

@@ -7,7 +7,6 @@
 Running the same command again goes on from --out/last.pt. The same script runs with and without torchrun.
 """
 import argparse
-import contextlib
 import functools
 import glob
 import json
@@ -29,13 +28,15 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 
-from tokenizer import RecTok, flow, latent_shift, random_visible, sample_time       # the method's; then the rest
 from fid import INCEPTION, Features, open_reference, score_tokenizer
+from tokenizer import RecTok, flow, latent_shift, random_visible, sample_time        # those of the method
 from tokenizer import (COUNT, DINO, POSITIVE, SHARE, SIGNALS, SIZES, TEACHERS, ImageFolder, Normalize, Shapes,
-                       TokenizerConfig, atomic, compile_blocks, cores, fetch_weights, from_rank_0, ignore_signals, load_named, load_teacher, load_tokenizer,
-                       plot, print_once, progress_bar, read_tokenizer, read_weights, run_script,
-                       sample_noise, save_grid, seed_of, start, teacher_file, this_rank, time_grid, to_float, to_uint8,
+                       TokenizerConfig, atomic, compile_blocks, cores, fetch_weights, from_rank_0,
+                       ignore_signals, load_named, load_teacher, load_tokenizer, plot, print_once,
+                       progress_bar, read_tokenizer, read_weights, run_script, sample_noise, save_grid,
+                       seed_of, start, teacher_file, this_rank, time_grid, to_float, to_uint8,
                        training_precision, weight_file, world_size)
+
 
 
 # ---------------------------------------------------------------- the method; the rest serves it
@@ -92,12 +93,13 @@ class Objective(nn.Module):
         # The draws. main has seeded the generators from (seed, step, rank, micro-step).
         hidden_share = args.mask_min + (args.mask_max - args.mask_min) * torch.rand(()).item()
         hidden_share = max(0.0, hidden_share)               # of this micro-batch; 0 in one of five
-        visible = random_visible(B, N, hidden_share, device=device)     # for each image K = ceil(N (1 - share))
-        K = visible.shape[1]                                            # indices: (B, K)
+        visible = random_visible(B, N, hidden_share, device=device)     # (B, K) indices, others in each image
+        K = visible.shape[1]                                            # ceil(N (1 - hidden_share))
         t = sample_time(B, self.shift, schedule=args.schedule, device=device)           # (B,): one an image
-        if args.noise_warmup > 0:                           # ours, not the paper's: from clean latents on,
-            noise_scale = min(1, progress / args.noise_warmup)          # or decoders that do not know t see
-            t = 1 - (1 - t) * noise_scale                   # little at first, and rest on a plateau
+        if args.noise_warmup > 0:
+            # Ours, not the paper's: it begins with clean latents. Decoders that are not told t learn little
+            # from noise at first, and rest on a plateau.
+            t = 1 - (1 - t) * min(1, progress / args.noise_warmup)
         eps = torch.randn(B, K, C, device=device)           # the posterior's noise
         noise = args.gamma * torch.randn(B, K, C, device=device)        # the flow's
 
@@ -110,7 +112,7 @@ class Objective(nn.Module):
         z = mean + (0.5 * logvar).exp() * eps                           # a sample of the posterior
         z_t = flow(z, noise, t) if args.gamma > 0 else z
         semantic_input = z_t if args.distill == "flow" else z           # FSD
-        features = [decoder(semantic_input, visible) for decoder in self.tokenizer.sem_decoders]   # as targets
+        features = [decoder(semantic_input, visible) for decoder in self.tokenizer.sem_decoders]
         pixel_input = z_t if args.decode == "noisy" else z
         decoded = self.tokenizer.decode(pixel_input, visible)           # the whole image, (B, 3, H, W)
         real = images * 0.5 + 0.5                                       # [0, 1]
@@ -158,7 +160,8 @@ def train_micro_batch(objective, discriminator, teachers, perceptual, images, we
             logits_fake = discriminator(fake.detach())
         d_loss = hinge_loss(logits_real, logits_fake)
         (d_loss / accumulate).backward()
-        logged |= {"d_loss": d_loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
+        logged |= {"d_loss": d_loss, "logits_real": logits_real.float().mean(),
+                   "logits_fake": logits_fake.float().mean()}
     return logged
 
 
@@ -196,7 +199,7 @@ def lr_at(fraction, peak, warmup=0.25):
 
 # ---------------------------------------------------------------- flags
 
-TINY = dict(  # --tiny: other defaults, nothing else. z has 256 numbers here, 32,768 there: so has the KL's sum
+TINY = dict(  # --tiny: other defaults, nothing else. Its z has 256 numbers, not 32,768: so has the KL's sum
     data="shapes", image_size=32, patch_size=8, channels=16, encoder="nano", decoder="nano", semantic="nano",
     teacher="tiny", features="tiny", gan_width=8, w_pixel=20.0, w_perceptual=0.0, w_gan=5e-4, w_kl=5e-5,
     gan_start=0.7, noise_warmup=0.25, shift="2", steps=1400, batch=32, lr=3e-3, warmup=0.1, ema=0.99,
@@ -218,6 +221,8 @@ def parse(argv=None):
         p.set_defaults(**TINY)
     if given.finetune_decoder or given.eval_only:
         p.set_defaults(**FINETUNE)
+    if given.eval_only:
+        p.set_defaults(out="out/tokenizer")
     if given.tiny and given.finetune_decoder:
         p.set_defaults(**TINY_FINETUNE)
     args = p.parse_args(argv)
@@ -273,18 +278,19 @@ def add_method_flags(p):
 
 def main(argv=None):
     args = parse(argv)
-    device, rank, world = start()
-    micro_batch, accumulate = split_batch(args)
+    device, rank, _ = start()
     loss_weights = {name[2:]: value for name, value in vars(args).items() if name.startswith("w_")}
 
     # Setup: data, and how far this run goes
     config = tokenizer_config(args)
+    shift = flow_shift(args, config)
     if args.w_gan and config.image_size < 24 and not args.eval_only:
         raise ValueError(f"the discriminator needs 24 px, not {config.image_size}: --w_gan 0 switches it off")
     data, unflipped, held_out = open_data(args, config.image_size)
     if args.eval_only:
         evaluate_only(args, config, unflipped, held_out, device)
         return
+    micro_batch, accumulate = split_batch(args)
     run = Run(args, data, device)
     if run.first >= run.last:
         print_once(f"{args.out} is at step {run.first} of {run.steps}: nothing to do")
@@ -300,7 +306,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)                                    # whatever was drawn before
     teachers = open_teachers(args, device)
     perceptual = PerceptualLoss(published(args)).to(device) if args.w_perceptual else None
-    features = open_features(args, os.path.join(args.out, "last.pt"), device, published(args))
+    features = open_features(args, f"{args.out}/last.pt", device, published(args))
     reference = open_reference(args.reference, features, config.image_size, args.workers)
     model, ema = open_tokenizers(args, config, teachers, device, init=None if run.checkpoint else args.init)
     config = model.config
@@ -310,7 +316,6 @@ def main(argv=None):
     d_optimizer = optimizer_for(discriminator, peak_lr)
     run.load(model=model, model_ema=ema, discriminator=discriminator, optimizer=optimizer,
              d_optimizer=d_optimizer)
-    shift = flow_shift(args, config)
     run.announce(model, f"shift {shift:.3f}")
     objective = data_parallel(Objective(model, args, shift))
     compile_blocks(device, args.no_compile, model, *teachers)
@@ -319,13 +324,14 @@ def main(argv=None):
     precision = training_precision(device, args.float32)
     shown = first_images(held_out).to(device)
     if args.w_gan and device.type == "cuda":
-        # The GAN starts late: what it takes of the memory must be there from the start. A step that leaves nothing.
+        # The GAN starts late, but its memory must be there: a pass whose gradients are dropped.
         images = torch.zeros(micro_batch, 3, config.image_size, config.image_size, device=device)
-        train_micro_batch(objective, discriminator, teachers, perceptual, images, loss_weights, 0.0, accumulate,
-                          precision)
+        train_micro_batch(objective, discriminator, teachers, perceptual, images, loss_weights, 0.0,
+                          accumulate, precision)
         optimizer.zero_grad()
         d_optimizer.zero_grad()
-    bar = progress_bar(total=run.last, initial=run.first, desc="stage 1b" if args.finetune_decoder else "stage 1")
+    stage = "stage 1b" if args.finetune_decoder else "stage 1"
+    bar = progress_bar(total=run.last, initial=run.first, desc=stage)
 
     for step in range(run.first, run.last):
         # Gradients, accumulated over micro-batches
@@ -363,7 +369,7 @@ def main(argv=None):
                                    "optimizer": optimizer.state_dict(),
                                    "d_optimizer": d_optimizer.state_dict()})
             if rank == 0 and not run.leave:
-                picture(os.path.join(args.out, f"step_{done}.png"), ema, shown, args.seed)
+                picture(f"{args.out}/step_{done}.png", ema, shown, args.seed)
         scores = {}
         if run.scoring:
             lpips = perceptual.lpips if perceptual else None
@@ -388,27 +394,27 @@ def tokenizer_config(args):
     for name in ("patch_size", "channels", "encoder", "decoder", "semantic"):
         if getattr(args, name) not in (None, getattr(config, name)):
             raise ValueError(f"--{name} {getattr(args, name)}: {source} has {getattr(config, name)}")
+    if args.finetune_decoder:
+        config = replace(config, semantic="none")
     return replace(config, image_size=args.image_size or config.image_size)
 
 
 def open_tokenizers(args, config, teachers, device, init):
     """-> the tokenizer to train, and its EMA."""
+    source = args.finetune_decoder or init
+    if not args.finetune_decoder:
+        config = replace(config, teacher_dim=tuple(teacher.width for teacher in teachers) or 1024)
+    torch.manual_seed(args.seed)
+    if source:
+        model = load_tokenizer(source, config, ema=False)
+        ema = load_tokenizer(source, config)
+    else:
+        model = RecTok(config)
+        ema = deepcopy(model)
     if args.finetune_decoder:
         # The decoders learn on the latents that this run ships, and the DiT will read: of the EMA encoder.
-        config = replace(config, semantic="none")
-        model = load_tokenizer(args.finetune_decoder, config, ema=False)
-        ema = load_tokenizer(args.finetune_decoder, config)
         model.encoder.load_state_dict(ema.encoder.state_dict())
         model.encoder.requires_grad_(False)
-    else:
-        config = replace(config, teacher_dim=tuple(teacher.width for teacher in teachers) or 1024)
-        torch.manual_seed(args.seed)
-        if init:
-            model = load_tokenizer(init, config, ema=False)
-            ema = load_tokenizer(init, config)
-        else:
-            model = RecTok(config)
-            ema = deepcopy(model)
     return model.to(device), ema.to(device).requires_grad_(False)
 
 
@@ -435,7 +441,7 @@ def open_teachers(args, device):
     teachers = []
     for name in args.teacher.split(","):
         if name == "tiny":
-            name = os.path.join(args.out, "teacher.pt")
+            name = f"{args.out}/teacher.pt"
         teacher = load_teacher(name, published(args)).to(device).eval().requires_grad_(False)
         if teacher.stride != args.patch_size:
             raise ValueError(f"teacher {name} has a token every {teacher.stride} pixels, the tokenizer every "
@@ -445,7 +451,7 @@ def open_teachers(args, device):
 
 
 def open_features(args, checkpoint, device, weights):
-    """The network of FID: Inception, or a teacher (then it is FD); "tiny": the teacher.pt beside a checkpoint."""
+    """The network of FID: Inception, or a teacher (then it is FD); "tiny": teacher.pt beside a checkpoint."""
     if args.features == "none":
         return None
     beside = os.path.join(os.path.dirname(checkpoint), "teacher.pt")
@@ -479,7 +485,7 @@ def evaluate_only(args, config, unflipped, held_out, device):
     reference = open_reference(args.reference, features, config.image_size, args.workers)
     score_tokenizer(model, unflipped, held_out, args.eval_only, features, reference, lpips, args.seed,
                     args.workers)
-    path = os.path.join(args.out, "eval.png")
+    path = f"{args.out}/eval.png"
     if this_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
         picture(path, model, first_images(held_out).to(device), args.seed)
@@ -505,8 +511,8 @@ def picture(path, model, images, seed):
 
 
 def make_tiny_teacher(args, size):
-    """--tiny's VFM, out/teacher.pt: --teacher where that is a file, stage 1's in stage 1b, else fitted here."""
-    path = os.path.join(args.out, "teacher.pt")
+    """--tiny's VFM, out/teacher.pt: --teacher where that is a file, in stage 1b stage 1's, else fitted."""
+    path = f"{args.out}/teacher.pt"
     given = args.teacher
     if args.finetune_decoder:
         given = os.path.join(os.path.dirname(args.finetune_decoder), "teacher.pt")
@@ -530,7 +536,8 @@ def fit_teacher(path, size, steps=750, batch=64, seed=0):
     head = nn.Linear(96, Shapes.num_classes)
     data = Shapes(size, steps * batch, seed=seed + 3)               # held-out shapes have seed 1
     optimizer = torch.optim.AdamW([*net.parameters(), *head.parameters()], lr=2e-3, weight_decay=0.05)
-    for step, (images, labels) in enumerate(progress_bar(DataLoader(data, batch), desc="fit the tiny teacher")):
+    batches = progress_bar(DataLoader(data, batch), desc="fit the tiny teacher")
+    for step, (images, labels) in enumerate(batches):
         cls, patches = net(to_float(images))                        # (B, D), (B, N, D)
         dense_labels = labels[:, None].expand(-1, patches.shape[1])
         loss = F.cross_entropy(head(cls), labels, label_smoothing=0.1)
@@ -593,8 +600,9 @@ class LPIPS(nn.Module):
         self.heads = nn.ParameterList(torch.rand(1, c, 1, 1) / c for c in (64, 128, 256, 512, 512))
         if weights != "random":
             path = weight_file(VGG16, weights)
-            vgg = {n: w for n, w in read_weights(path).items() if n.startswith("features.")}
-            load_named(self.features, {n.removeprefix("features."): w for n, w in vgg.items()}, path)
+            vgg = {n.removeprefix("features."): w for n, w in read_weights(path).items()
+                   if n.startswith("features.")}
+            load_named(self.features, vgg, path)
             path = weight_file(LPIPS_HEADS, weights)                 # lin0.model.1.weight and so on
             load_named(self.heads, {n[3]: w for n, w in read_weights(path).items()}, path)
         self.normalize = Normalize()
@@ -696,8 +704,8 @@ class BatchNorm(nn.BatchNorm2d):
 # ---------------------------------------------------------------- a run; shared with train_dit.py
 
 def run_parser(doc, example):
-    p = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False, epilog=f"example: {example}",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=doc.splitlines()[0], epilog=f"example: {example}",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add = p.add_argument_group("run").add_argument
     add("--tiny", action="store_true",
         help="drawn shapes, small networks, other defaults: minutes on a laptop")
@@ -713,7 +721,8 @@ def run_parser(doc, example):
     add("--batch", type=COUNT, default=1024, help="global batch, whatever the number of processes")
     add("--micro_batch", type=COUNT,
         help="images a process and pass, the rest accumulates; unset: up to 64")
-    add("--shift", default="auto", type=auto_or_positive, help="s of the law of t; auto: max(1, sqrt(N C / 4096))")
+    add("--shift", default="auto", type=auto_or_positive,
+        help="s of the law of t; auto: max(1, sqrt(N C / 4096))")
     add("--ema", type=SHARE, help="decay of the averaged weights; less in the first steps")
     add("--save_every", type=COUNT, default=5000,
         help="steps between last.pt and pictures, at most a twentieth of the run; 10 x: a milestone")
@@ -768,7 +777,8 @@ def open_data(args, size):
     [(epoch, i)], for flips that change with the epoch.
     """
     if args.data == "shapes":
-        return Shapes(size, 1_000_000, args.seed + 2), Shapes(size, 4096, args.seed + 2), Shapes(size, 1024, 1)
+        seed = args.seed + 2
+        return Shapes(size, 1_000_000, seed), Shapes(size, 4096, seed), Shapes(size, 1024, seed=1)
     train = ImageFolder(args.data, size, flip=True, seed=args.seed)
     unflipped = copy(train)                                         # the folder is walked once
     unflipped.flip = False
@@ -782,7 +792,8 @@ def open_data(args, size):
 
 def load_batches(data, args, micro_batch, first, last, device):
     """Iterator over this process's micro-batches (uint8 images, labels) of steps first..last-1."""
-    order = batch_indices(len(data), args.batch, micro_batch, args.seed, first, last, this_rank(), world_size())
+    order = batch_indices(len(data), args.batch, micro_batch, args.seed, first, last, this_rank(),
+                          world_size())
     return iter(DataLoader(data, batch_sampler=order, num_workers=args.workers,
                            worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
 
@@ -826,10 +837,6 @@ class Run:
         self.sums = {}                              # name: sum and number of finite values since the last row
         self.signalled = None                                       # since when
         self.leave = False
-        if threading.current_thread() is threading.main_thread():   # elsewhere no handler may be set
-            for s in SIGNALS:
-                if signal.getsignal(s) != signal.SIG_IGN:           # nohup ignores SIGHUP: so do we
-                    signal.signal(s, self.catch)
         os.makedirs(args.out, exist_ok=True)
         self.lock = lock_folder(args.out)
         self.checkpoint = resume(args, data)
@@ -847,24 +854,29 @@ class Run:
         if self.checkpoint:
             for name, part in parts.items():
                 part.load_state_dict(self.checkpoint[name])
-            for name, sums in self.checkpoint.get("sums", {}).items():      # of all processes: rank 0 has them
+            for name, sums in self.checkpoint.get("sums", {}).items():      # of all: rank 0 has them
                 self.sums[name] = sums.to(self.device) * (this_rank() == 0)
             self.checkpoint = None                                  # frees its memory
 
     def announce(self, model, more):
-        """What is about to run, and where its numbers go; also config.json."""
+        """Says what is about to run, and where its numbers go; writes config.json; catches signals."""
         args = self.args
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        print_once(f"torch {torch.__version__}, {world_size()} x {self.device.type}, {parameters:.1f} M parameters, "
-                   f"{len(self.data)} images of {len(self.data.classes)} classes in {args.data}, "
+        print_once(f"torch {torch.__version__}, {world_size()} x {self.device.type}, {parameters:.1f} M "
+                   f"parameters, {len(self.data)} images of {len(self.data.classes)} classes in {args.data}, "
                    f"steps {self.first} to {self.last} of {self.steps}, {more}")
         print_once(f"log: {args.out}/log.jsonl, each row the mean of ten steps (assets/costs.md: from "
                    "images_per_s to the share of a GPU's matrix rate)")
         if this_rank() == 0:
-            with open(os.path.join(args.out, "config.json"), "w") as f:
-                json.dump({"args": vars(args), "model": asdict(model.config), "classes": list(self.data.classes),
-                           "torch": torch.__version__, "world": world_size()}, f, indent=1)
+            config = {"args": vars(args), "model": asdict(model.config), "torch": torch.__version__,
+                      "world": world_size(), "classes": list(self.data.classes)}
+            with open(f"{args.out}/config.json", "w") as f:
+                json.dump(config, f, indent=1)
         self.logged = (self.first, time.time())
+        if threading.current_thread() is threading.main_thread():   # elsewhere no handler may be set
+            for s in SIGNALS:
+                if signal.getsignal(s) != signal.SIG_IGN:           # nohup ignores SIGHUP: so do we
+                    signal.signal(s, self.catch)
 
     def note(self, values):
         """{name: number, here or on the device} for the log's next row. What is not finite does not count."""
@@ -891,8 +903,6 @@ class Run:
             self.leave = self.signalled is not None
         self.scoring = due and not self.leave
         self.saving = done % self.save_every == 0 or due or done == self.last or self.leave
-        if self.leave:
-            print_once(f"stopped by a signal after step {done}; the same command goes on from there")
         return row
 
     def row(self, done, lr):
@@ -912,10 +922,10 @@ class Run:
         self.logged = (done, time.time())
         skipped = round(totals["skipped"][0] / world_size())
         if skipped:
-            print_once(f"step {done}: {skipped} of the last {steps} steps skipped, a gradient was not finite")
+            print_once(f"step {done}: {skipped} steps skipped since the last row, a gradient was not finite")
         if skipped > 2:
-            raise FloatingPointError(f"{skipped} of {steps} steps without finite gradients, up to step {done}, with "
-                                     f"{row}; what {self.args.out} holds is whole")
+            raise FloatingPointError(f"{skipped} of ten steps without finite gradients, up to step {done}, "
+                                     f"with {row}; what {self.args.out} holds is whole")
         return row
 
     def all_sums(self):
@@ -930,9 +940,8 @@ class Run:
 
     def log(self, row):
         """Adds a line to log.jsonl, on rank 0; where it is time to save, also curves.png."""
-        row = {name: value if isinstance(value, int) else float(f"{value:.6g}") for name, value in row.items()}
         if this_rank() == 0:
-            with open(os.path.join(self.args.out, "log.jsonl"), "a") as f:
+            with open(f"{self.args.out}/log.jsonl", "a") as f:
                 f.write(json.dumps(row) + "\n")
             if self.saving:
                 curves(self.args.out)
@@ -943,9 +952,11 @@ class Run:
         weights |= {"args": vars(self.args), "step": done, "images": len(self.data),
                     "classes": list(self.data.classes)}
         if this_rank() == 0:
-            save(os.path.join(self.args.out, "last.pt"), weights | rest)
+            save(f"{self.args.out}/last.pt", weights | rest)
+            if self.leave:
+                print_once(f"stopped by a signal after step {done}; the same command goes on from there")
             if done % (10 * self.save_every) == 0 or done == self.last:
-                save(os.path.join(self.args.out, f"step_{done}.pt"), weights)
+                save(f"{self.args.out}/step_{done}.pt", weights)
 
 
 def curves(out):
@@ -955,7 +966,7 @@ def curves(out):
         for name in sorted(row.keys() - {"step", "epoch"}):
             if math.isfinite(row[name]):
                 panels.setdefault(name, {"": []})[""].append((row["step"], row[name]))
-    plot(os.path.join(out, "curves.png"), panels)
+    plot(f"{out}/curves.png", panels)
 
 
 def save(path, file):
@@ -969,7 +980,7 @@ def lock_folder(out):
     if this_rank() > 0 or os.name == "nt":                                 # Windows has no fcntl
         return None
     import fcntl
-    lock = open(os.path.join(out, "lock"), "w")
+    lock = open(f"{out}/lock", "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
@@ -989,7 +1000,7 @@ MAY_DIFFER = {"data", "val", "out", "init", "tokenizer", "weights", "epochs", "s
 
 def resume(args, data):
     """The checkpoint in --out, or None; refuses another configuration's folder; the log loses later rows."""
-    path = os.path.join(args.out, "last.pt")
+    path = f"{args.out}/last.pt"
     file = read_weights(path) if os.path.lexists(path) else None
     if file:
         if not {"step", "args", "optimizer", "classes"} <= file.keys():
@@ -1007,24 +1018,20 @@ def resume(args, data):
     if world_size() > 1 and from_rank_0(lambda: step) != step:
         raise ValueError(f"processes find different steps in {args.out}: all machines must see one folder")
     if this_rank() == 0:
-        for left in glob.glob(os.path.join(glob.escape(args.out), "*.tmp")):    # of a killed run
+        for left in glob.glob(f"{glob.escape(args.out)}/*.tmp"):    # of a killed run
             os.remove(left)
         rows = [row for row in read_log(args.out) if row["step"] <= step]
-        with atomic(os.path.join(args.out, "log.jsonl")) as f:
+        with atomic(f"{args.out}/log.jsonl") as f:
             f.writelines((json.dumps(row) + "\n").encode() for row in rows)
     return file
 
 
 def read_log(out):
     """The rows of a run's log; half a line that a kill has left is no row."""
-    rows = []
-    path = os.path.join(out, "log.jsonl")
-    if os.path.exists(path):
-        with open(path) as f:
-            for line in f:
-                with contextlib.suppress(ValueError):
-                    rows.append(json.loads(line))
-    return rows
+    if not os.path.exists(f"{out}/log.jsonl"):
+        return []
+    with open(f"{out}/log.jsonl") as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]
 
 
 @torch.no_grad()
