@@ -1021,8 +1021,9 @@ def resume(args, data):
         for left in glob.glob(f"{glob.escape(args.out)}/*.tmp"):    # of a killed run
             os.remove(left)
         rows = [row for row in read_log(args.out) if row["step"] <= step]
-        with atomic(f"{args.out}/log.jsonl") as f:
-            f.writelines((json.dumps(row) + "\n").encode() for row in rows)
+        if os.path.exists(f"{args.out}/log.jsonl"):
+            with atomic(f"{args.out}/log.jsonl") as f:
+                f.writelines((json.dumps(row) + "\n").encode() for row in rows)
     return file
 
 
