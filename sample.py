@@ -137,9 +137,10 @@ def open_networks(args, device):
             raise ValueError(f"--guide {args.guide} was trained on other latents or classes than {args.dit}")
     # Where the DiT's own folder says, which may have moved together with the tokenizer's.
     path = args.tokenizer or os.path.join(os.path.dirname(args.dit), extras.get("tokenizer", ""))
-    if not os.path.isfile(path):
-        raise ValueError(f"no tokenizer of {args.dit} at {path!r}: give --tokenizer")
-    tokenizer = load_tokenizer(path).to(device)
+    try:
+        tokenizer = load_tokenizer(path).to(device)
+    except FileNotFoundError as error:
+        raise ValueError(f"no tokenizer of {args.dit} at {path!r}: give --tokenizer") from error
     if (tokenizer.config.grid, tokenizer.config.channels) != (config.grid, config.channels):
         theirs = f"{tokenizer.config.grid ** 2} x {tokenizer.config.channels}"
         raise ValueError(f"tokenizer {path} has {theirs} latents, "

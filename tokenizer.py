@@ -79,7 +79,7 @@ def time_grid(steps, shift, device=None):
     sampler could not begin where such training ends.
     """
     times = sample_time(steps + 1, shift, torch.linspace(1, 0, steps + 1, device=device))
-    if abs(times[0]) > 1e-6 or abs(times[-1] - 1) > 1e-6:
+    if not (abs(times[0]) < 1e-6 and abs(times[-1] - 1) < 1e-6):
         raise ValueError(f"sample_time is {times[0]} at u = 1 and {times[-1]} at u = 0: it must be 0 and 1")
     return times.clamp(0, 1)
 
