@@ -999,6 +999,66 @@ def test_two_processes_end_alike(two):
     assert os.path.exists(f"{two}/failed")
 
 
+def test_what_is_distilled():
+    """All patches or the hidden ones; from z_t or z."""
+    visible = T.random_visible(2, 16, 0.5)
+    numbers = torch.arange(16.0).view(1, 16, 1).expand(2, -1, 12)       # features that say which patch it is
+    hidden = torch.ones(2, 16, dtype=bool).scatter(1, visible, False)
+    for flags, targets, from_z_t in (("", numbers, True), ("--target hidden", numbers[hidden], True),
+                                     ("--distill latent", numbers, False)):
+        model, reads = small(), []
+        model.sem_decoders[0].register_forward_hook(lambda _, inputs, __: reads.append(inputs[0].mean()))
+        objective = S1.Objective(model, S1.parse(["--tiny", *flags.split()]), 1.0)
+        with (mock.patch.object(S1, "random_visible", return_value=visible),
+              mock.patch.object(S1, "flow", lambda z, noise, t: z + 1000),
+              mock.patch.object(S1, "semantic_loss", return_value=torch.zeros(())) as loss):
+            objective(noise("x", 2, 3, 32, 32), [lambda _: numbers], 0.5)
+        assert torch.equal(loss.call_args.args[1], targets)
+        assert (reads[0] > 500) == from_z_t
+
+
+def test_the_gan_term_teaches_the_tokenizer_alone():
+    found = []
+    for w_gan in (0.0, 1.0):
+        torch.manual_seed(0)
+        discriminator = S1.PatchGAN(8)
+        objective = S1.Objective(small(), S1.parse(["--tiny"]), 1.0)
+        torch.manual_seed(1)
+        S1.train_micro_batch(objective, discriminator, [], None, noise("x", 2, 3, 32, 32).tanh(),
+                             dict(pixel=1.0, kl=0.0, gan=w_gan), 0.5, 1, contextlib.nullcontext())
+        found.append([p.grad for p in discriminator.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def test_posterior_samples_have_its_deviation(monkeypatch):
+    class Wide(Blank):
+        def encode(self, images, keep):
+            mean, _ = super().encode(images, keep)
+            return 0 * mean, 0 * mean + 2 * math.log(3)
+
+    with mock.patch.object(S1, "flow", side_effect=T.flow) as flow:
+        S1.Objective(Wide(), S1.parse(["--tiny"]), 1.0)(torch.zeros(50, 3, 2, 2), [], 0.5)
+    assert abs(flow.call_args.args[0].std() - 3) < 0.1
+    flow_loss = mock.Mock(return_value=torch.zeros(1))
+    monkeypatch.setattr(S2, "flow_loss", flow_loss)
+    tokenizer = Patches((0.0, 0, 0), (2 * math.log(3),) * 3)
+    images, y = torch.zeros(4000, 3, 2, 2, dtype=torch.uint8), torch.zeros(4000, dtype=torch.long)
+    S2.stage2_loss(None, tokenizer, (torch.zeros(3), torch.ones(3)), images, y, 8, 1.0, 0.1)
+    assert abs(flow_loss.call_args.args[1].std() - 3) < 0.1
+
+
+def test_samples_are_decoded_as_the_tokenizer_knows_them():
+    z, stats = noise("z", 2, 4, 3), (torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 5, 6]))
+    decoded = D.decode_normalised(SimpleNamespace(decode=lambda z: z), stats, z)
+    assert torch.equal(decoded, z * stats[1] + stats[0])
+
+
+def test_laws_of_t_that_turn_back_are_refused(monkeypatch):
+    for law in (lambda u: 1 - 0.95 * u ** 2, lambda u: 1 - (7.853981634 * u).sin() ** 2):
+        monkeypatch.setattr(T, "sample_time", lambda n, shift, u: law(u))
+        refuses("sample_time", T.time_grid, 50, 2.0)
+
+
 # ---------------------------------------------------------------- training
 
 def test_ablations_train(toys):
@@ -1412,7 +1472,7 @@ def test_bad_metric_input_is_named(toys):
         f.write(whole.read()[:5000])
     for name in set(os.listdir()) - {"good.npz"}:
         refuses(name, M.read, name)
-    refuses("good.npz", M.main, ["--save_stats", "good", "good.npz", "--features", toys.teacher])   # its input
+    refuses("good.npz", M.main, ["--save_stats", "good", "good.npz", "--features", toys.teacher])
     data = M.read("good.npz")["images"]
     sent = pickle.dumps(data)                        # what a loader that is not forked receives: the path
     assert len(sent) < 2000 and torch.equal(pickle.loads(sent)[3][0], T.Shapes(32, 4)[3][0])
@@ -1673,7 +1733,7 @@ def test_full_disk_keeps_the_old_checkpoint(toys, monkeypatch):
     refuses("last.pt", S1.main, toys.stage1("out"), error=OSError)  # it ends the run
 
 
-@pytest.mark.parametrize("number", T.SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_one_process_obeys_a_signal_at_once(toys, monkeypatch, number):
     signal.signal(number, lambda *_: None)           # tests may run under nohup, which has some ignored
     kl_loss = S1.kl_loss

@@ -75,12 +75,13 @@ def flow(z, noise, t):
 def time_grid(steps, shift, device=None):
     """The sampler's times (steps + 1,), from noise to data: u from 1 to 0 through the same law.
 
-    Raises ValueError where the law does not end in noise and data. Both trainers ask at their start: a
+    Raises ValueError where the law does not rise from noise to data. Both trainers ask at their start: a
     sampler could not begin where such training ends.
     """
     times = sample_time(steps + 1, shift, torch.linspace(1, 0, steps + 1, device=device))
-    if not (abs(times[0]) < 1e-6 and abs(times[-1] - 1) < 1e-6):
-        raise ValueError(f"sample_time is {times[0]} at u = 1 and {times[-1]} at u = 0: it must be 0 and 1")
+    ends = abs(times[0]) < 1e-6 and abs(times[-1] - 1) < 1e-6
+    if not (ends and times.diff().min() >= 0):
+        raise ValueError(f"sample_time is {times[0]} at u = 1, {times[-1]} at u = 0: it must go from 0 to 1")
     return times.clamp(0, 1)
 
 

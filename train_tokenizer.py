@@ -136,6 +136,8 @@ class Objective(nn.Module):
 
         # Logged beside them, not minimised. NaN says: nothing of it in this batch.
         notes = {"z_std": z.detach().std()}
+        if args.target == "hidden" and K == N:
+            notes["semantic"] = math.nan                                # in the log, for the 0 of no patch
         return losses, notes, real, fake
 
 
@@ -754,7 +756,7 @@ def flow_shift(args, config):
     shift = args.shift
     if shift == "auto":
         shift = latent_shift(config.grid ** 2, config.channels)
-    time_grid(1, shift)
+    time_grid(50, shift)
     return shift
 
 
@@ -773,8 +775,8 @@ def split_batch(args):
 def open_data(args, size):
     """-> training images with flips, the same without, and held-out ones (else: those without flips).
 
-    A data set has a length, `classes` (names), and [i] -> uint8 (3, size, size), label; of the first also
-    [(epoch, i)], for flips that change with the epoch.
+    A data set has a length, `classes` (names), and [i] -> a uint8 tensor (3, size, size), an int label; the
+    first also [(epoch, i)], for flips that change with the epoch.
     """
     if args.data == "shapes":
         seed = args.seed + 2
@@ -1012,6 +1014,9 @@ def resume(args, data):
         if wrong:
             raise ValueError(f"{args.out} belongs to another configuration ({'; '.join(wrong)}): "
                              "choose another --out")
+        new = sorted(now.keys() - before.keys())
+        if new:
+            print_once(f"notice: {path} was written without the flags {', '.join(new)}")
         if {"epochs", "steps"} & set(changed):
             print_once("notice: the length of training changed, and with it the learning rate schedule")
     step = file["step"] if file else 0
