@@ -1671,6 +1671,15 @@ def test_help_shows_the_defaults_that_hold(parse, flags, defaults, capsys):
         assert re.search(rf" --{name} [A-Z{{]\S* .*?\(default: (.*?)\)", said)[1] == str(value), name
 
 
+def limited():
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
+
+
+def test_a_limit_of_the_machine_is_one_line_with_a_way_out():
+    status, _, errors = run("limited")
+    assert status == 1 and "--shm-size" in errors and "Traceback" not in errors
+
+
 def test_refuses_the_folder_of_another_configuration(toys):
     S1.main(toys.stage1("out", "--stop_at", 1))
     for flag, value in (("--w_kl", 0.5), ("--seed", 3), ("--batch", 4), ("--semantic", "mlp")):
