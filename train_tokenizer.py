@@ -112,6 +112,7 @@ class Objective(nn.Module):
         z = mean + (0.5 * logvar).exp() * eps                           # a sample of the posterior
         z_t = flow(z, noise, t) if args.gamma > 0 else z
         semantic_input = z_t if args.distill == "flow" else z           # FSD
+        # The semantic decoders predict the features of all N patches: (B, N, D) each, as the targets.
         features = [decoder(semantic_input, visible) for decoder in self.tokenizer.sem_decoders]
         pixel_input = z_t if args.decode == "noisy" else z
         decoded = self.tokenizer.decode(pixel_input, visible)           # the whole image, (B, 3, H, W)
