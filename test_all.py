@@ -107,8 +107,12 @@ def toys(tmp_path_factory):
     config = dict(version=3, width=96, depth=1, heads=3, patch=8, image_size=32, registers=1)
     torch.save({"config": config, "model": T.DINO(**config).state_dict(),
                 "head": torch.nn.Linear(96, 8).state_dict()}, toys.teacher)
-    S1.main(toys.stage1(f"{toys.folder}/tok"))
-    S2.main(toys.stage2(f"{toys.folder}/dit"))
+    save_picture(f"{toys.folder}/held_out/{classes[0]}/0.png", T.Shapes(40, 12)[0][0])
+    with (mock.patch.object(S1, "step_at", wraps=S1.step_at) as toys.steps1,
+          mock.patch.object(S2, "step_at", wraps=S2.step_at) as toys.steps2,
+          mock.patch.object(S1, "score_tokenizer", wraps=S1.score_tokenizer) as toys.scores):
+        S1.main(toys.stage1(f"{toys.folder}/tok", "--val", f"{toys.folder}/held_out"))
+        S2.main(toys.stage2(f"{toys.folder}/dit"))
     file = load(toys.dit)                            # so young a DiT still predicts zero; this one will not
     file["model_ema"] = {n: w + 0.1 * noise(n, *w.shape) for n, w in file["model_ema"].items()}
     torch.save(file, toys.dit)
@@ -491,7 +495,7 @@ def test_decay_groups_and_ema():
 
 
 def test_shapes():
-    """A linear classifier of the pixels reads few classes: any place, turn and hue (43 %; 98 if upright)."""
+    """A linear classifier of the pixels is not sure: places, turns and hues differ (76 %; 98 if upright)."""
     data = T.Shapes(32, 1600, seed=1)
     assert torch.equal(data[11][0], T.Shapes(32, 64, seed=1)[11][0])
     assert not torch.equal(data[11][0], T.Shapes(32, 64)[11][0])
@@ -501,13 +505,26 @@ def test_shapes():
     fitted, held_out = torch.nn.functional.pad(x, (0, 1), value=1.0).split(800)
     solution = torch.linalg.lstsq(fitted, torch.nn.functional.one_hot(labels[:800]).double()).solution
     right = ((held_out @ solution).argmax(1) == labels[800:]).double().mean()
-    assert right < 0.5
+    assert right < 0.85
     # The patches of the teacher of --tiny do, as a VFM's: 35 % after 100 steps, without the dense term 20 %.
     S1.fit_teacher("teacher.pt", 32, steps=100, batch=32)
     head = load("teacher.pt")["head"]
     patches = T.load_teacher("teacher.pt")(T.to_float(images[:256]))
     said = (patches @ head["weight"].T + head["bias"]).argmax(-1)   # (256, N)
     assert (said == labels[:256, None]).double().mean() > 0.27
+
+
+def test_curves():
+    """A panel for each column with two values or more, and in it a line from the largest to the least."""
+    rows = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 1.0, "gan": math.nan},
+            {"step": 30, "loss": 2.0, "psnr": 20.0}]
+    with open("log.jsonl", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    S1.curves(".")
+    blue = np.all(np.array(Image.open("curves.png")) == (70, 130, 180), axis=2)     # steelblue
+    down, across = blue.nonzero()
+    assert blue.shape == (150, 1150) and across.max() < 230                         # one of five places
+    assert down[across < 20].min() < 40 and down[abs(across - 115) < 3].max() > 135
 
 
 class Gaussian(torch.nn.Module):
@@ -950,10 +967,20 @@ def two(toys, tmp_path_factory):
     return out
 
 
+def test_a_run_follows_its_schedule_and_scores_held_out_images(toys):
+    scales = [call.args[0] for call in toys.steps1.call_args_list]
+    assert scales == [S1.lr_at(k / 4, 1.0, 0.1) for k in (0, 1, 1, 2, 2, 3, 3)]     # twice where a GAN trains
+    scales = [call.args[0] for call in toys.steps2.call_args_list]
+    assert scales == [S2.lr_at(k / 4, 1.0) for k in range(4)]
+    ema, train, held_out, *_ = toys.scores.call_args.args
+    assert (train.root, train.flip, held_out.root) == (toys.pictures, False, f"{toys.folder}/held_out")
+    assert not any(weight.requires_grad for weight in ema.parameters())
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_trains_and_resumes_on_two_processes(two, stage):
     same_runs(f"{two}/{stage}a", f"{two}/{stage}b")
-    files = {"config.json", "last.pt", "log.jsonl", "curves.png", "step_2.png", "step_2.pt", "step_4.png"}
+    files = {"config.json", "last.pt", "log.jsonl", "step_2.png", "step_2.pt", "step_4.png"}
     assert files <= set(os.listdir(f"{two}/{stage}a"))
     if stage == "stage1":                            # a row is the mean over both
         is_mean(rows_of(f"{two}/stage1b")[-1], load(f"{two}/kept0.pt") + load(f"{two}/kept1.pt"))

@@ -1020,7 +1020,8 @@ def is_image(name):
 class Shapes:
     """Shapes drawn on the fly, anti-aliased; [i] depends on (seed, i) alone.
 
-    Any place, turn and hue, on a ground graded between two hues: neither colour nor place tells the class.
+    Any place and hue, turned by up to 20 degrees, on a ground graded between two hues: neither colour nor
+    place tells the class.
     """
     DISTANCE = {  # signed distance from the outline, radius about 1, negative inside; v points down
         "circle": lambda u, v: np.hypot(u, v) - 0.95,
@@ -1051,7 +1052,8 @@ class Shapes:
         label = index % self.num_classes
         rng = np.random.default_rng((self.seed, index))
         radius = rng.uniform(0.6, 0.8)
-        angle, ground_angle = rng.uniform(0, 2 * np.pi, 2)
+        angle = rng.uniform(-0.35, 0.35)
+        ground_angle = rng.uniform(0, 2 * np.pi)
         center = rng.uniform(-0.2, 0.2, (2, 1))
         fill, one_end, other_end = self.saturated(rng.uniform(0, 6, 3))                     # (3, 1, 1) each
         place = (np.arange(self.size) + 0.5) / self.size * 2 - 1                          # of pixels, -1 to 1
@@ -1107,12 +1109,14 @@ def plot(path, panels, columns=5, width=230, height=150):
         text = f"{title}\n{y.min():.3g} to {y.max():.3g}, over {x.min():g} to {x.max():g}"
         draw.text((left, top - 28), text, "black")
         colors = ["steelblue", "crimson", "seagreen", "darkorange", "purple", "black"]
+        end = right
         for k, (label, line) in enumerate(lines.items()):
             line_x, line_y = np.array(line).T
             places = [*zip(np.interp(line_x, (x.min(), x.max()), (left, right)),
                            np.interp(line_y, (y.min(), y.max()), (bottom, top)))]
             draw.line(places, colors[k], 2)
-            draw.text((right - 4, top + 4 + 12 * k), label, colors[k], anchor="ra")
+            draw.text((end, top - 15), label, colors[k], anchor="ra")
+            end -= draw.textlength(label) + 10
             if len(places) < 20:                                    # scores: dots
                 for place in places:
                     draw.circle(place, 3, colors[k])

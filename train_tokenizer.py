@@ -205,13 +205,13 @@ def lr_at(fraction, peak, warmup=0.25):
 TINY = dict(  # --tiny: other defaults, nothing else. Its z has 256 numbers, not 32,768: so has the KL's sum
     data="shapes", image_size=32, patch_size=8, channels=16, encoder="nano", decoder="nano", semantic="nano",
     teacher="tiny", features="tiny", gan_width=8, w_pixel=20.0, w_perceptual=0.0, w_gan=5e-4, w_kl=5e-5,
-    gan_start=0.7, noise_warmup=0.25, shift="2", steps=1400, batch=32, lr=3e-3, warmup=0.1, ema=0.99,
+    gan_start=0.7, noise_warmup=0.25, shift="2", steps=1000, batch=32, lr=3e-3, warmup=0.1, ema=0.99,
     save_every=500, workers=0)
 FINETUNE = dict(  # --finetune_decoder, stage 1b: on posterior samples of the frozen encoder of a checkpoint
     patch_size=None, channels=None, encoder=None, decoder=None, semantic=None,
     out="out/tokenizer_ft", distill="none", gamma=0.0, mask_min=0.0, mask_max=0.0, w_kl=0.0, w_semantic=0.0,
     gan_start=0.0, epochs=100.0, warmup=0.05)
-TINY_FINETUNE = dict(steps=500, lr=2e-3, noise_warmup=0.0)
+TINY_FINETUNE = dict(steps=400, lr=2e-3, noise_warmup=0.0)
 
 
 def parse(argv=None):
@@ -528,7 +528,7 @@ def make_tiny_teacher(args, size):
         dist.barrier()
 
 
-def fit_teacher(path, size, steps=750, batch=64, seed=0):
+def fit_teacher(path, size, steps=400, batch=64, seed=0):
     """A small DINOv3, fitted to the classes of Shapes, and saved with its class head.
 
     The class token and every patch token must name the class: a VFM's patches know what they belong to.
@@ -963,13 +963,15 @@ class Run:
 
 
 def curves(out):
-    """curves.png: the log's columns over the steps."""
-    panels = {}
+    """curves.png: the log's columns over the steps, those of two rows or more."""
+    columns = {}
     for row in read_log(out):
         for name in sorted(row.keys() - {"step", "epoch"}):
             if math.isfinite(row[name]):
-                panels.setdefault(name, {"": []})[""].append((row["step"], row[name]))
-    plot(f"{out}/curves.png", panels)
+                columns.setdefault(name, []).append((row["step"], row[name]))
+    panels = {name: {"": line} for name, line in columns.items() if len(line) > 1}
+    if panels:
+        plot(f"{out}/curves.png", panels)
 
 
 def save(path, file):

@@ -12,24 +12,26 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PATH = os.path.join(HERE, "ablation.csv")
 TIMES = (1.0, 0.75, 0.5, 0.25)
 COLUMNS = ["psnr", "rFD", *(f"probe_{kind}_{t}" for kind in ("z", "semantic") for t in TIMES),
-           "FD", "agreement", "FD_cfg", "agreement_cfg"]
+           "FD_250", "FD", "FD_cfg", "agreement", "agreement_cfg"]
 GROUPS = [
     {"baseline": "baseline", "latent": "+ distillation on clean latents", "fsd": "+ FSD", "rad": "+ RAD",
      "ft": "+ decoder fine-tuning"},
     {"baseline4": "baseline, C = 4", "baseline": "baseline, C = 16", "baseline32": "baseline, C = 32",
-     "rad4": "RecTok, C = 4", "rad": "RecTok, C = 16", "rad32": "RecTok, C = 32"},
-    {"fsd_cold": "FSD without noise warm-up", "rad_cold": "FSD + RAD without noise warm-up"},
-    {"rad": "shift 2", "uniform": "uniform", "lognormal": "lognormal"}]
-HEADER = ("| | seeds | PSNR | rFD | probe on z_t, t = 1, 0.75, 0.5, 0.25 | on the semantic decoder's output | gFD | "
-          "with CFG 2 | agreement | with CFG 2 |")
+     "baseline64": "baseline, C = 64", "rad4": "RecTok, C = 4", "rad": "RecTok, C = 16",
+     "rad32": "RecTok, C = 32", "rad64": "RecTok, C = 64"},
+    {"rad": "shift 2", "uniform": "uniform", "lognormal": "lognormal",
+     "rad_cold": "shift 2, without noise warm-up"}]
+HEADER = ("| | seeds | PSNR | rFD | probe on z_t, t = 1, 0.75, 0.5, 0.25 | on the semantic decoder's output | gFD at "
+          "step 250 | 1,000 | with CFG 2 | agreement | with CFG 2 |")
 
 
 def row(run):
     """The last scores of runs/NAME-SEED and of its DiT, as a line of the CSV."""
     found = dict(zip(("row", "seed"), run.rsplit("-", 1)))
     for folder in (f"runs/{run}", f"runs/{run}/dit"):
-        last = read_log(folder)[-1]
-        found |= {name: last[name] for name in COLUMNS if name in last}
+        rows = read_log(folder)
+        found |= {name: rows[-1][name] for name in COLUMNS if name in rows[-1]}
+        found |= {"FD_250": early["FD"] for early in rows if early["step"] == 250 and "FD" in early}
     new = not os.path.exists(PATH)
     with open(PATH, "a", newline="") as f:
         table = csv.DictWriter(f, ["row", "seed", *COLUMNS])
@@ -46,14 +48,14 @@ def seeds_of(name):
 def tables():
     """Mean ± standard deviation over the seeds of each row, as Markdown."""
     for group in GROUPS:
-        print(f"\n{HEADER}\n|" + "---|" * 10)
+        print(f"\n{HEADER}\n|" + "---|" * 11)
         for name, label in group.items():
             seeds = seeds_of(name)
             if seeds:
                 cells = [label, str(len(seeds)), cell(seeds, "psnr"), cell(seeds, "rFD", digits=2)]
                 for kind in ("z", "semantic"):
                     cells.append(cell(seeds, *(f"probe_{kind}_{t}" for t in TIMES), digits=0, factor=100))
-                cells += [cell(seeds, "FD"), cell(seeds, "FD_cfg")]
+                cells += [cell(seeds, name) for name in ("FD_250", "FD", "FD_cfg")]
                 cells += [cell(seeds, name, digits=0, factor=100) for name in ("agreement", "agreement_cfg")]
                 print("| " + " | ".join(cells) + " |")
 
@@ -79,18 +81,20 @@ def with_range(x, values):
 def charts():
     """What a linear classifier reads along the flow; reconstruction and generation by channels."""
     probe = {}
-    for name, label in list(GROUPS[0].items())[:4]:
+    labels = {"baseline": "baseline", "latent": "clean latents", "fsd": "+ FSD", "rad": "+ RAD"}
+    for name, label in labels.items():
         probe[label] = []
         for t in TIMES:
             probe[label] += with_range(t, [100 * float(seed[f"probe_z_{t}"]) for seed in seeds_of(name)])
     panels = {"linear probe on z_t, % right, over t": probe}
-    for column, title in (("psnr", "PSNR (dB) by channels"), ("FD", "gFD by channels: less is better")):
+    for column, title in (("psnr", "PSNR (dB) by channels"), ("FD_250", "gFD by channels, DiT at step 250"),
+                          ("FD", "gFD by channels, DiT at step 1,000")):
         panels[title] = {}
         for kind, label in (("baseline", "baseline"), ("rad", "RecTok")):
             panels[title][label] = []
-            for channels, name in ((4, f"{kind}4"), (16, kind), (32, f"{kind}32")):
+            for channels, name in ((4, f"{kind}4"), (16, kind), (32, f"{kind}32"), (64, f"{kind}64")):
                 panels[title][label] += with_range(channels, [seed[column] for seed in seeds_of(name)])
-    plot(os.path.join(HERE, "charts.png"), panels, columns=3, width=360, height=280)
+    plot(os.path.join(HERE, "charts.png"), panels, columns=2, width=400, height=260)
 
 
 if __name__ == "__main__":
