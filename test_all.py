@@ -515,9 +515,9 @@ def test_shapes():
 
 
 def test_curves():
-    """A panel for each column with two values or more, and in it a line from the largest to the least."""
-    rows = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 1.0, "gan": math.nan},
-            {"step": 30, "loss": 2.0, "psnr": 20.0}]
+    """A panel for each column that varies, and in it a line from the largest value to the least."""
+    rows = [{"step": 10, "loss": 3.0, "skipped": 0.0}, {"step": 20, "loss": 1.0, "gan": math.nan},
+            {"step": 30, "loss": 2.0, "skipped": 0.0, "psnr": 20.0}]
     with open("log.jsonl", "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
     S1.curves(".")

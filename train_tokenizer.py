@@ -963,13 +963,13 @@ class Run:
 
 
 def curves(out):
-    """curves.png: the log's columns over the steps, those of two rows or more."""
+    """curves.png: the log's columns over the steps, those that vary."""
     columns = {}
     for row in read_log(out):
         for name in sorted(row.keys() - {"step", "epoch"}):
             if math.isfinite(row[name]):
                 columns.setdefault(name, []).append((row["step"], row[name]))
-    panels = {name: {"": line} for name, line in columns.items() if len(line) > 1}
+    panels = {name: {"": line} for name, line in columns.items() if len({y for _, y in line}) > 1}
     if panels:
         plot(f"{out}/curves.png", panels)
 

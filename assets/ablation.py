@@ -5,13 +5,16 @@ import sys
 
 import numpy as np
 
-from tokenizer import plot
+from dit import latent_statistics
+from fid import linear_probe
+from tokenizer import Shapes, load_tokenizer, local_batches, plot
 from train_tokenizer import read_log
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PATH = os.path.join(HERE, "ablation.csv")
 TIMES = (1.0, 0.75, 0.5, 0.25)
-COLUMNS = ["psnr", "rFD", *(f"probe_{kind}_{t}" for kind in ("z", "semantic") for t in TIMES),
+KINDS = ("z", "normalised", "semantic")             # what the linear probe reads
+COLUMNS = ["psnr", "rFD", *(f"probe_{kind}_{t}" for kind in KINDS for t in TIMES),
            "FD_250", "FD", "FD_cfg", "agreement", "agreement_cfg"]
 GROUPS = [
     {"baseline": "baseline", "latent": "+ distillation on clean latents", "fsd": "+ FSD", "rad": "+ RAD",
@@ -19,10 +22,9 @@ GROUPS = [
     {"baseline4": "baseline, C = 4", "baseline": "baseline, C = 16", "baseline32": "baseline, C = 32",
      "baseline64": "baseline, C = 64", "rad4": "RecTok, C = 4", "rad": "RecTok, C = 16",
      "rad32": "RecTok, C = 32", "rad64": "RecTok, C = 64"},
-    {"rad": "shift 2", "uniform": "uniform", "lognormal": "lognormal",
-     "rad_cold": "shift 2, without noise warm-up"}]
-HEADER = ("| | seeds | PSNR | rFD | probe on z_t, t = 1, 0.75, 0.5, 0.25 | on the semantic decoder's output | gFD at "
-          "step 250 | 1,000 | with CFG 2 | agreement | with CFG 2 |")
+    {"rad": "shift 2", "uniform": "uniform", "lognormal": "lognormal"}]
+HEADER = ("| | seeds | PSNR | rFD | probe on z_t, t = 1, 0.75, 0.5, 0.25 | z normalised | on the semantic decoder's "
+          "output | gFD at step 250 | 1,000 | with CFG 2 | agreement | with CFG 2 |")
 
 
 def row(run):
@@ -32,12 +34,26 @@ def row(run):
         rows = read_log(folder)
         found |= {name: rows[-1][name] for name in COLUMNS if name in rows[-1]}
         found |= {"FD_250": early["FD"] for early in rows if early["step"] == 250 and "FD" in early}
+    found |= normalised_probe(f"runs/{run}/last.pt", int(found["seed"]))
     new = not os.path.exists(PATH)
     with open(PATH, "a", newline="") as f:
         table = csv.DictWriter(f, ["row", "seed", *COLUMNS])
         if new:
             table.writeheader()
         table.writerow(found)
+
+
+def normalised_probe(path, seed):
+    """The linear probe on z_t as the DiT sees it: of latents normalised channel by channel. Stage 1 adds its
+    unit noise to z as it is, so a tokenizer can keep z_t readable by a large z alone; here it cannot."""
+    model = load_tokenizer(path)
+    model.config.semantic = "none"                                  # z_t alone
+    train = Shapes(32, 4096, seed + 2)                              # as in open_data
+    mean, std = latent_statistics(model, local_batches(train))
+    encode = model.encode
+    model.encode = lambda images: ((encode(images)[0] - mean) / std, None)
+    scores = linear_probe(model, train, Shapes(32, 1024, seed=1), seed)
+    return {f"probe_normalised_{t}": scores[f"probe_z_{t}"] for t in TIMES}
 
 
 def seeds_of(name):
@@ -48,12 +64,12 @@ def seeds_of(name):
 def tables():
     """Mean ± standard deviation over the seeds of each row, as Markdown."""
     for group in GROUPS:
-        print(f"\n{HEADER}\n|" + "---|" * 11)
+        print(f"\n{HEADER}\n|" + "---|" * 12)
         for name, label in group.items():
             seeds = seeds_of(name)
             if seeds:
                 cells = [label, str(len(seeds)), cell(seeds, "psnr"), cell(seeds, "rFD", digits=2)]
-                for kind in ("z", "semantic"):
+                for kind in KINDS:
                     cells.append(cell(seeds, *(f"probe_{kind}_{t}" for t in TIMES), digits=0, factor=100))
                 cells += [cell(seeds, name) for name in ("FD_250", "FD", "FD_cfg")]
                 cells += [cell(seeds, name, digits=0, factor=100) for name in ("agreement", "agreement_cfg")]
@@ -90,9 +106,11 @@ def charts():
     for column, title in (("psnr", "PSNR (dB) by channels"), ("FD_250", "gFD by channels, DiT at step 250"),
                           ("FD", "gFD by channels, DiT at step 1,000")):
         panels[title] = {}
-        for kind, label in (("baseline", "baseline"), ("rad", "RecTok")):
+        for label, names in (("baseline", {4: "baseline4", 16: "baseline", 32: "baseline32", 64: "baseline64"}),
+                             ("RecTok", {4: "rad4", 16: "rad", 32: "rad32", 64: "rad64"}),
+                             ("fine-tuned", {16: "ft"}), ("clean latents", {16: "latent"})):
             panels[title][label] = []
-            for channels, name in ((4, f"{kind}4"), (16, kind), (32, f"{kind}32"), (64, f"{kind}64")):
+            for channels, name in names.items():
                 panels[title][label] += with_range(channels, [seed[column] for seed in seeds_of(name)])
     plot(os.path.join(HERE, "charts.png"), panels, columns=2, width=400, height=260)
 

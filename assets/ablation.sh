@@ -39,11 +39,10 @@ for seed in ${@:-0 1 2}; do                  # channels, with shift = sqrt(C / 4
     shift=2.828; row baseline32 --channels 32 --distill none $plain; row rad32 --channels 32
     shift=4;     row baseline64 --channels 64 --distill none $plain; row rad64 --channels 64
 done
-for seed in ${@:-0 1 2}; do                  # the law of t in the tokenizer; without the noise warm-up
+for seed in ${@:-0 1 2}; do                  # the law of t in the tokenizer
     shift=2
     row uniform --schedule uniform
     row lognormal --schedule lognormal
-    row rad_cold --noise_warmup 0
 done
 python assets/ablation.py tables
 python assets/ablation.py charts
