@@ -13,13 +13,13 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import (Attention, SwiGLU, axial_rope, flow, linear_by_conv, load_named, naming, own_config,
-                       read_checkpoint, sample_noise, sample_time, time_grid, to_float)
+from tokenizer import (Attention, SwiGLU, add_up, axial_rope, flow, linear_by_conv, load_named, naming,
+                       own_config, read_checkpoint, rms_norm, sample_noise, sample_time, time_grid, to_float,
+                       training_precision)
 
 # ---------------------------------------------------------------- flow matching on the path of tokenizer.flow
 # z_t = t z + (1 - t) noise, so dz_t / dt = z - noise. The network learns this velocity; the sampler follows
@@ -76,7 +76,6 @@ def sample_path(model, noise, y, steps, shift, cfg=1.0, interval=(0, 1), guide=N
     yield 1.0, z
 
 
-@torch.no_grad()
 def generate(model, tokenizer, stats, seed, indices, y, precision, **options):
     """Images (B, 3, H, W) of the samples `indices` of classes y (B,): noise -> sample -> decode.
 
@@ -111,13 +110,12 @@ def latent_statistics(tokenizer, batches, of_means=False):
     device = next(tokenizer.parameters()).device
     sums = torch.zeros(3, tokenizer.config.channels, dtype=torch.float64, device=device)
     for images, _ in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with training_precision(device):
             mean, logvar = tokenizer.encode(to_float(images.to(device)))
         mean, variance = mean.double(), logvar.double().exp()
         squares = mean ** 2 if of_means else mean ** 2 + variance   # the expected square of a sample
         sums += torch.stack([torch.ones_like(mean), mean, squares]).sum((1, 2))
-    if dist.is_initialized():
-        dist.all_reduce(sums)
+    add_up(sums)
     count, total, squares = sums
     mean = total / count
     variance = squares / count - mean ** 2
@@ -209,9 +207,9 @@ class DiTBlock(nn.Module):
 
     def __init__(self, width, heads, qk_norm):
         super().__init__()
-        self.norm1 = nn.RMSNorm(width, eps=1e-6)
+        self.norm1 = rms_norm(width)
         self.attn = Attention(width, heads, qk_norm)
-        self.norm2 = nn.RMSNorm(width, eps=1e-6)
+        self.norm2 = rms_norm(width)
         self.mlp = SwiGLU(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -224,7 +222,7 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, width, channels):
         super().__init__()
-        self.norm_final = nn.RMSNorm(width, eps=1e-6)
+        self.norm_final = rms_norm(width)
         self.linear = nn.Linear(width, channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
@@ -261,9 +259,8 @@ def sincos_positions(width, grid):
     freqs = 10000 ** (-torch.arange(width // 4) / (width // 4))
     angle = torch.arange(grid)[:, None] * freqs                         # (grid, W / 4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)                 # (grid, W / 2)
-    columns = axis[None].expand(grid, grid, -1)
-    rows = axis[:, None].expand(grid, grid, -1)
-    return torch.cat([columns, rows], dim=-1).flatten(0, 1)[None]
+    rows, columns = axis.repeat_interleave(grid, 0), axis.repeat(grid, 1)       # of each token
+    return torch.cat([columns, rows], dim=1)[None]
 
 
 # ---------------------------------------------------------------- loading
@@ -302,11 +299,8 @@ def config_from_shapes(state):
     if not heads:
         raise ValueError(f"widths {width} are no preset: pass config=DiTConfig(...)")
     norms = [len(w) for n, w in state.items() if re.fullmatch(r"blocks\.\d+\.norm1\.weight", n)]
-    grid = 16
-    if "pos_embed" in state:
-        grid = math.isqrt(state["pos_embed"].shape[1])
     return DiTConfig(
-        grid=grid,
+        grid=math.isqrt(state["pos_embed"].shape[1]) if "pos_embed" in state else 16,
         channels=state["s_embedder.proj.weight"].shape[1],
         width=width,
         depth=(norms.count(width[0]), norms.count(width[1])),

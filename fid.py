@@ -14,15 +14,17 @@ import contextlib
 import json
 import math
 import os
+from collections import defaultdict
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.data import Subset
 
-from tokenizer import (COUNT, ImageFolder, Shapes, atomic, cores, flow, load_named, load_teacher,
+from tokenizer import (COUNT, ImageFolder, Shapes, add_up, atomic, cores, flow, load_named, load_teacher,
                        local_batches, naming, print_once, read_weights, run_script, sample_noise, start,
                        this_rank, to_float, to_uint8, weight_file, weights_hash, world_size)
 
@@ -58,6 +60,19 @@ def inception_score(logits, splits=10, seed=2020):
     return float(np.mean(scores)), float(np.std(scores))
 
 
+@contextlib.contextmanager
+def exact_float32():
+    """No TF32 on CUDA: it would move FID in the third digit."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@exact_float32()                                    # a distance decides which ball is hit
 def precision_recall(real, fake, k=3, block=2000):
     """Kynkaanniemi et al. 2019, on features (N, D), (M, D), both more than k rows -> precision: the share of
     fakes inside the reals' k-NN balls; recall: the reverse. Blockwise: never all distances at once."""
@@ -69,18 +84,17 @@ def precision_recall(real, fake, k=3, block=2000):
         return torch.cat([(torch.cdist(part, centres) <= radius).any(1) for part in x.split(block)])
 
     real, fake = real.float(), fake.float()
-    with exact_float32():                                           # a distance decides which ball is hit
-        precision = inside(fake, real, radii(real))
-        recall = inside(real, fake, radii(fake))
+    precision = inside(fake, real, radii(real))
+    recall = inside(real, fake, radii(fake))
     return precision.float().mean().item(), recall.float().mean().item()
 
 
 def moments(features):
     """This process's features (n, D) -> {mu (D,), sigma (D, D), n} of those of all, in float64."""
     n, width = features.shape
-    number = torch.tensor(float(n), dtype=torch.float64, device=features.device)
-    total = torch.zeros(width, dtype=torch.float64, device=features.device)
-    outer = torch.zeros(width, width, dtype=torch.float64, device=features.device)
+    number = features.new_tensor(n, dtype=torch.float64)
+    total = features.new_zeros(width, dtype=torch.float64)
+    outer = features.new_zeros(width, width, dtype=torch.float64)
     for part in features.split(5000):                               # never all of them in float64
         part = part.double()
         total += part.sum(0)
@@ -95,25 +109,6 @@ def moments(features):
     mu = total / n
     sigma = (outer - n * torch.outer(mu, mu)) / (n - 1)             # unbiased, as np.cov
     return {"mu": mu.cpu().numpy(), "sigma": sigma.cpu().numpy(), "n": n}
-
-
-def add_up(*tensors):
-    """Sums over all processes, in place."""
-    if dist.is_initialized():
-        for x in tensors:
-            dist.all_reduce(x)
-
-
-@contextlib.contextmanager
-def exact_float32():
-    """No TF32 on CUDA: it would move FID in the third digit."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 # ---------------------------------------------------------------- scores of a tokenizer
@@ -162,9 +157,16 @@ def evaluate(model, data, features=None, reference=None, lpips=None, workers=0):
         scores[f"r{features.score}"] = frechet(found, collect(originals))
         if reference:
             scores[f"r{features.score}_reference"] = frechet(found, reference)
-        if features.inception and len(data) >= 10:
-            scores["IS"], _ = inception_score(in_order(found["logits"], len(data)))
+        scores |= inception_scores(features, found["logits"], len(data))
     return scores
+
+
+def inception_scores(features, logits, n):
+    """IS of n images, from each process's share of their logits; {} below ten, or not Inception's."""
+    if not features.inception or n < 10:
+        return {}
+    mean, std = inception_score(in_order(logits, n))
+    return {"IS": mean, "IS_std": std}
 
 
 def frechet(one, other):
@@ -218,20 +220,20 @@ def linear_probe(model, train, held_out, seed, workers=0, max_images=100_000):
             inputs = probe_inputs(model, to_float(images.to(device)), places, seed)
             yield inputs, F.one_hot(labels.to(device), len(train.classes)).double()
 
-    xx, xy = {}, {}                                                 # the sums of x x^T and of x y^T
+    xx, xy, hits = defaultdict(float), defaultdict(float), defaultdict(float)
     for inputs, y in batches(train_part, 0):
         for kind, x in inputs.items():
-            xx[kind] = xx.get(kind, 0) + x.mT @ x
-            xy[kind] = xy.get(kind, 0) + x.mT @ y
+            xx[kind] += x.mT @ x
+            xy[kind] += x.mT @ y
     add_up(*xx.values(), *xy.values())
-    solution, hits = {}, {}
+    solution = {}
     for kind in xx:
         ridge = 1e-3 * xx[kind].diagonal(dim1=1, dim2=2) + 1e-9     # relative to each feature's scale
         solution[kind] = torch.linalg.solve(xx[kind] + ridge.diag_embed(), xy[kind])    # (T, D + 1, classes)
     for inputs, y in batches(held_out, 10 ** 8):
         for kind, x in inputs.items():
             right = (x @ solution[kind]).argmax(-1) == y.argmax(-1)                     # (T, B)
-            hits[kind] = hits.get(kind, 0) + right.double().sum(1)
+            hits[kind] += right.double().sum(1)
     add_up(*hits.values())
     return {f"probe_{kind}_{t}": (count / len(held_out)).item()
             for kind in hits for t, count in zip(PROBE_TIMES, hits[kind])}
@@ -242,7 +244,7 @@ def probe_inputs(model, images, places, seed):
     the T times of PROBE_TIMES."""
     z, _ = model.encode(images)
     noise = sample_noise(seed, places, *z.shape[1:]).to(z.device)
-    flows = [flow(z, noise, torch.full((len(z),), t, device=z.device)) for t in PROBE_TIMES]
+    flows = [flow(z, noise, z.new_tensor([t])) for t in PROBE_TIMES]
     read = {"z": flows}                                             # (B, N, C) each
     if model.config.semantic != "none":
         read["semantic"] = [model.sem_decoders[0](z_t) for z_t in flows]
@@ -257,7 +259,7 @@ class Features:
     def __init__(self, name, weights, device):
         self.inception = name == "inception"
         self.net = (InceptionV3(weights) if self.inception else load_teacher(name, weights)).to(device)
-        self.width = 2048 if self.inception else self.net.width
+        self.width = self.net.width
         self.device = device
         self.score = "FID" if self.inception else "FD"              # only Inception's distance is called FID
         self.name = name
@@ -269,13 +271,12 @@ class Features:
             print_once(f"warning: {name} with RANDOM weights: its scores mean nothing")
             self.name += " (RANDOM)"
 
-    @torch.inference_mode()
+    @exact_float32()
     def __call__(self, images):
         images = images.to(self.device)
         if self.inception:
             return self.net(images)
-        with exact_float32():
-            cls, _ = self.net.features(to_float(images))            # FD on the class token
+        cls, _ = self.net.features(to_float(images))                # FD on the class token
         return cls, cls[:, :0]
 
 
@@ -322,6 +323,7 @@ class InceptionV3(nn.Module):
 
     weights: the folder of published files, the file itself, or "random". Source of the names: pytorch-fid.
     """
+    width = 2048
 
     def __init__(self, weights="weights"):
         super().__init__()
@@ -345,14 +347,8 @@ class InceptionV3(nn.Module):
         self.requires_grad_(False).eval()
         self.to(memory_format=torch.channels_last)
 
-    @torch.inference_mode()
+    @exact_float32()
     def forward(self, images):
-        with exact_float32():
-            pool = self.features(images)[-1]
-            return pool, pool @ self.fc.weight.T
-
-    def features(self, images):
-        """The averaged activations at 64, 192, 768 and 2048 channels, as torch-fidelity names them."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"uint8 images (B, 3, H, W) expected, got {images.dtype} {tuple(images.shape)}")
         # Patch: TensorFlow's resize, and its (x - 128) / 128 instead of ImageNet's mean and std.
@@ -360,16 +356,12 @@ class InceptionV3(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         x = chain(self.stem, ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"], x)
         x = F.max_pool2d(x, 3, 2)                                   # (B, 64, 73, 73)
-        found = [x.mean((2, 3))]
         x = chain(self.stem, ["Conv2d_3b_1x1", "Conv2d_4a_3x3"], x)
         x = F.max_pool2d(x, 3, 2)                                   # (B, 192, 35, 35)
-        found.append(x.mean((2, 3)))
         for name, block in self.mixed.items():
-            if name == "7a":
-                found.append(x.mean((2, 3)))                        # of (B, 768, 17, 17)
             x = torch.cat(branches(block, x) + [pooled(name, block, x)], dim=1)
-        found.append(x.mean((2, 3)))                                # of (B, 2048, 8, 8)
-        return found
+        pool = x.mean((2, 3))                                       # of (B, 2048, 8, 8)
+        return pool, pool @ self.fc.weight.T
 
 
 def pooled(name, block, x):
@@ -475,13 +467,11 @@ def fold_batch_norm(state, path):
     out = {n: w for n, w in state.items() if n.startswith("fc.")}
     with naming(path, INCEPTION):
         for name in [n.removesuffix(".conv.weight") for n in state if n.endswith(".conv.weight")]:
-            weight = state[f"{name}.conv.weight"].double()
-            gamma, beta, mean, var = (state[f"{name}.bn.{kind}"].double() for kind in
+            gamma, beta, mean, var = (state[f"{name}.bn.{kind}"] for kind in
                                       ("weight", "bias", "running_mean", "running_var"))
-            scale = gamma / (var + 1e-3).sqrt()
             ours = name.replace("Conv2d", "stem.Conv2d").replace("Mixed_", "mixed.")
-            out[ours + ".weight"] = (weight * scale.view(-1, 1, 1, 1)).float()
-            out[ours + ".bias"] = (beta - mean * scale).float()
+            out[ours + ".weight"], out[ours + ".bias"] = fuse_conv_bn_weights(
+                state[f"{name}.conv.weight"], None, mean, var, 1e-3, gamma, beta)
     return out
 
 
@@ -491,14 +481,9 @@ def tf1_resize(x, size=299):
     Each axis is one small matrix with two entries a row: exact, and cheaper than gathering four neighbours.
     """
     def matrix(n):
-        place = torch.arange(size, dtype=torch.float32) * torch.tensor(n / size, dtype=torch.float32)
-        low = place.long().clamp(max=n - 1)                         # the neighbours, and how far from each
-        high = (low + 1).clamp(max=n - 1)
-        rows = torch.arange(size)
-        m = torch.zeros(size, n)
-        m[rows, low] = 1 - (place - low)
-        m[rows, high] += place - low
-        return m.to(x)
+        place = (torch.arange(size) * (n / size)).clamp(max=n - 1)  # where each output reads
+        distance = (place[:, None] - torch.arange(n)).abs()         # (size, n)
+        return (1 - distance).clamp(min=0).to(x)
 
     return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).T
 
@@ -531,8 +516,6 @@ def read(path, image_size=None):
     if os.path.isdir(path):
         data = ImageFolder(path, image_size)
         return {"path": path, "images": data, "image_size": data[0][0].shape[1]}
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no folder or npz at {path!r}")
     found = {"path": path, "images": None, "image_size": None}
     with naming(path, "an npz of images (arr_0) or statistics (mu, sigma)"):
         with np.load(path, allow_pickle=False) as file:
@@ -574,7 +557,7 @@ def open_reference(path, features, image_size, workers=0):
     -> {mu, sigma, n, name}, or None. At 512 px the released evaluation first shrinks its images to the 256 px
     of its statistics; here Inception sees them as they are.
     """
-    if path is None or features is None:
+    if path is None:
         return None
     side = {"images": Shapes(image_size, 1024, seed=1)} if path == "shapes" else read(path, image_size)
     return measure(features, side, workers=workers) | {"name": path}
@@ -587,18 +570,17 @@ def compare(features, samples, reference, batch=64, workers=0):
     other = measure(features, reference, batch, workers, images=both)
     one = measure(features, samples, batch, workers, images=both)
     scores = {features.score: frechet(one, other)}
-    if features.inception and "logits" in one and len(samples["images"]) >= 10:
-        logits = in_order(one["logits"], len(samples["images"]))
-        scores["IS"], scores["IS_std"] = inception_score(logits)
+    if "logits" in one:
+        scores |= inception_scores(features, one["logits"], len(samples["images"]))
     if both:
         fake = in_order(one["rows"], len(samples["images"])).to(features.device)
         real = in_order(other["rows"], len(reference["images"])).to(features.device)
         if min(len(real), len(fake)) > 3:                           # there must be a third neighbour
             scores["precision"], scores["recall"] = precision_recall(real, fake)
     # Another size is another task, but the user may mean it.
-    sizes = samples["image_size"], reference["image_size"]
-    if all(sizes) and sizes[0] != sizes[1]:
-        print_once(f"warning: images of {sizes[0]} px against {sizes[1]} px")
+    size, reference_size = samples["image_size"], reference["image_size"]
+    if size and reference_size and size != reference_size:
+        print_once(f"warning: images of {size} px against {reference_size} px")
     return scores | {"n": one["n"], "n_reference": other["n"], "features": features.name}
 
 
@@ -650,11 +632,11 @@ def main(argv=None):
     features = Features(args.features, args.weights, device)
     scores = compare(features, samples, reference, args.batch, cores())
     scores |= {"samples": args.samples, "reference": args.reference}
-    if rank == 0 and args.json:
-        print(json.dumps(scores))
-    elif rank == 0:
+    if args.json:
+        print_once(json.dumps(scores))
+    else:
         for name, value in scores.items():
-            print(f"{name:>12}  {f'{value:.4f}' if isinstance(value, float) else value}")
+            print_once(f"{name:>12}  {f'{value:.4f}' if isinstance(value, float) else value}")
 
 
 def check_writable(path):

@@ -15,14 +15,13 @@ import warnings
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from dit import decode_normalised, generate, latent_statistics, load_dit, sample_path
 from fid import check_writable
 from tokenizer import (COUNT, GUIDANCE, ImageFolder, atomic, compile_blocks, cores, fingerprint, from_rank_0,
                        latent_shift, load_tokenizer, local_batches, naming, print_once, progress_bar,
                        run_script, sample_noise, save_grid, start, this_rank, to_uint8, training_precision,
-                       weights_hash, world_size)
+                       wait_for_all, weights_hash, world_size)
 
 
 def parse(argv=None):
@@ -42,16 +41,15 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="of the starting noise")
     add("--batch", type=COUNT, default=64, help="samples at a time")
     add("--out", default="grid.png", help="the picture")
-    add("--save", metavar="FILE.npz", help="instead: ADM's layout, arr_0 (uint8 NHWC) and labels")
-    add("--trajectory", action="store_true", help="one row a sample, decoded at growing t")
+    either = p.add_mutually_exclusive_group().add_argument
+    either("--save", metavar="FILE.npz", help="instead: ADM's layout, arr_0 (uint8 NHWC) and labels")
+    either("--trajectory", action="store_true", help="one row a sample, decoded at growing t")
     add("--stats", help="npz: latent mean and std, if the DiT file has none; written from --data if absent")
     add("--data", help="training images, to compute --stats from")
     add("--no_compile", action="store_true", help="no torch.compile for --save (on CUDA it is on)")
     args = p.parse_args(argv)
     if not 0 <= args.interval[0] < args.interval[1] <= 1:
         p.error(f"--interval {args.interval}: need 0 <= LO < HI <= 1")
-    if args.save and args.trajectory:
-        p.error("--save and --trajectory: give one of them")
     return args
 
 
@@ -76,7 +74,7 @@ def main(argv=None):
         classes = [class_number(name, args.dit, model) for name in args.classes]
     rows = 1 if args.trajectory else 4
     num = args.num or (50000 if args.save else rows * len(classes))
-    labels = [classes[i % len(classes)] for i in range(num)]
+    labels = torch.tensor([classes[i % len(classes)] for i in range(num)], device=device)
     options = dict(steps=args.steps, shift=shift, cfg=args.cfg, interval=args.interval, solver=args.solver)
     recipe = vars(args) | {"num": num, "shift": shift, "step": model.extras.get("step")}
     print_once("recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
@@ -84,10 +82,9 @@ def main(argv=None):
     def draw_samples(indices):
         """-> uint8 (len(indices), 3, H, W), --batch at a time."""
         images = []
-        for first in range(0, len(indices), args.batch):
-            part = indices[first:first + args.batch]
-            y = torch.tensor([labels[i] for i in part], device=device)
-            drawn = generate(model, tokenizer, stats, args.seed, part, y, precision, guide=guide, **options)
+        for part in torch.tensor(indices).split(args.batch):
+            drawn = generate(model, tokenizer, stats, args.seed, part.tolist(), labels[part], precision,
+                             guide=guide, **options)
             images.append(to_uint8(drawn).cpu())
         return torch.cat(images)
 
@@ -100,8 +97,7 @@ def main(argv=None):
     elif rank == 0 and args.trajectory:
         noise = sample_noise(args.seed, range(num), config.grid ** 2, config.channels).to(device)
         with precision:
-            y = torch.tensor(labels, device=device)
-            path = list(sample_path(model, noise, y, guide=guide, **options))
+            path = list(sample_path(model, noise, labels, guide=guide, **options))
         if len(path) > 8:                                           # eight moments, with the first and last
             path = [path[i * (len(path) - 1) // 7] for i in range(8)]
         strip = torch.stack([to_uint8(decode_normalised(tokenizer, stats, z)) for _, z in path], dim=1)
@@ -142,9 +138,8 @@ def open_networks(args, device):
     except FileNotFoundError as error:
         raise ValueError(f"no tokenizer of {args.dit} at {path!r}: give --tokenizer") from error
     if (tokenizer.config.grid, tokenizer.config.channels) != (config.grid, config.channels):
-        theirs = f"{tokenizer.config.grid ** 2} x {tokenizer.config.channels}"
-        raise ValueError(f"tokenizer {path} has {theirs} latents, "
-                         f"{args.dit} {config.grid ** 2} x {config.channels}")
+        raise ValueError(f"tokenizer {path} has {tokenizer.config.grid ** 2} x {tokenizer.config.channels} "
+                         f"latents, {args.dit} {config.grid ** 2} x {config.channels}")
     if extras and extras["fingerprint"] != fingerprint(tokenizer):
         problem = f"tokenizer {path} is not what {args.dit} was trained with (other encoder weights)"
         if not args.tokenizer:
@@ -201,12 +196,11 @@ def save_all(path, folder, labels, draw_samples):
             images = draw_samples(chunks[k]).permute(0, 2, 3, 1).numpy()        # NHWC
             with atomic(parts[k]) as f:
                 np.save(f, images)
-    if world_size() > 1:
-        dist.barrier()
+    wait_for_all()
     if this_rank() == 0:
         images = np.concatenate([np.load(part, mmap_mode="r") for part in parts])
         with atomic(path) as f:
-            np.savez(f, arr_0=images, labels=np.array(labels))
+            np.savez(f, arr_0=images, labels=labels.cpu().numpy())
         shutil.rmtree(folder)
 
 

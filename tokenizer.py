@@ -25,7 +25,7 @@ import traceback
 import warnings
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
@@ -67,7 +67,7 @@ def sample_time(n, shift, u=None, schedule="shift", device=None):
 
 
 def flow(z, noise, t):
-    """z_t = t z + (1 - t) noise. z, noise (B, ...), t (B,): one time for all tokens of an image."""
+    """z_t = t z + (1 - t) noise. z, noise (B, ...), t (B,): one for all tokens of an image; or (1,)."""
     t = t.view(-1, *[1] * (z.ndim - 1))
     return t * z + (1 - t) * noise
 
@@ -143,8 +143,8 @@ class RecTok(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = PixelDecoder(config)
-        for part, size in ((self.encoder, config.encoder), (self.decoder, config.decoder)):
-            width, _, _ = SIZES[size]                               # published: 0.02, at width 768
+        for part in (self.encoder, self.decoder):
+            width = part.positional_embedding.shape[-1]             # published: 0.02, at width 768
             for module in part.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     nn.init.trunc_normal_(module.weight, std=0.02 * (768 / width) ** 0.5)
@@ -181,9 +181,9 @@ class Encoder(nn.Module):
         self.patch_size = config.patch_size
         self.patch_embed = nn.Sequential(nn.Conv2d(3, width, config.patch_size, config.patch_size))
         self.positional_embedding = learned_positions(config.grid, width)
-        self.ln_pre = nn.RMSNorm(width, eps=1e-6)
+        self.ln_pre = rms_norm(width)
         self.transformer = Transformer(width, depth, heads, config.grid)
-        self.ln_post = nn.RMSNorm(width, eps=1e-6)
+        self.ln_post = rms_norm(width)
         self.latent_head = nn.Linear(width, 2 * config.channels)
 
     def forward(self, images, visible=None):
@@ -207,9 +207,9 @@ class PixelDecoder(nn.Module):
         self.mask_token = nn.Parameter(width ** -0.5 * torch.randn(1, 1, width))
         self.decoder_embed = nn.Linear(config.channels, width)
         self.positional_embedding = learned_positions(config.grid, width)
-        self.ln_pre = nn.RMSNorm(width, eps=1e-6)
+        self.ln_pre = rms_norm(width)
         self.transformer = Transformer(width, depth, heads, config.grid)
-        self.ln_post = nn.RMSNorm(width, eps=1e-6)
+        self.ln_post = rms_norm(width)
         to_pixels = nn.Conv2d(width, 3 * config.patch_size ** 2, 1)
         self.ffn = nn.Sequential(nn.Identity(), to_pixels)          # published as ffn.1
         self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
@@ -235,9 +235,9 @@ class SemanticDecoder(nn.Module):
         self.mask_embedding = nn.Parameter(torch.zeros(1, 1, width))        # of hidden patches
         self.token_embedding = nn.Linear(config.channels, width)
         self.positional_embedding = learned_positions(config.grid, width)
-        self.ln_pre = nn.RMSNorm(width, eps=1e-6)
+        self.ln_pre = rms_norm(width)
         self.transformer = Transformer(width, depth, heads, config.grid)
-        self.ln_post = nn.RMSNorm(width, eps=1e-6)
+        self.ln_post = rms_norm(width)
         self.out = nn.Linear(width, teacher_dim)
 
     def forward(self, z, visible=None):
@@ -263,25 +263,34 @@ class SemanticMLP(nn.Module):
 
 # ---------------------------------------------------------------- what it is built of (partly also the DiT)
 
+def rms_norm(width):
+    return nn.RMSNorm(width, eps=1e-6)
+
+
 def learned_positions(grid, width):
     return nn.Parameter(width ** -0.5 * torch.randn(1, grid ** 2, width))
+
+
+def resize_positions(table, **options):
+    """A table of positions (1, N, W), interpolated to another grid by the options of F.interpolate."""
+    grid = math.isqrt(table.shape[1])
+    table = table.unflatten(1, (grid, grid)).permute(0, 3, 1, 2).float()
+    return F.interpolate(table, mode="bicubic", **options).flatten(2).transpose(1, 2)
 
 
 def take_tokens(x, index):
     """x (B, N, W), or (1, N, W) for all images alike, and index (B, K) -> (B, K, W); index None: x itself."""
     if index is None:
         return x
-    W = x.shape[-1]
-    return x.expand(len(index), -1, -1).gather(1, index[..., None].expand(-1, -1, W))
+    return torch.take_along_dim(x, index[..., None], dim=1)
 
 
 def fill_hidden(x, visible, token, N):
     """x (B, K, W) at its places `visible` (B, K), the learned `token` (1, 1, W) elsewhere: (B, N, W)."""
     if visible is None:
         return x
-    B, K, W = x.shape
-    full = token.to(x.dtype).expand(B, N, W)
-    return full.scatter(1, visible[..., None].expand(B, K, W), x)
+    full = token.to(x.dtype).expand(len(x), N, -1)
+    return full.scatter(1, visible[..., None].expand_as(x), x)
 
 
 def linear_by_conv(x, conv):
@@ -318,9 +327,9 @@ class Transformer(nn.ModuleList):
 class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1 = nn.RMSNorm(width, eps=1e-6)
+        self.norm1 = rms_norm(width)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.RMSNorm(width, eps=1e-6)
+        self.norm2 = rms_norm(width)
         self.mlp = SwiGLU(width)
 
     def forward(self, x, rope):
@@ -334,17 +343,15 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.qk_norm = qk_norm
-        if qk_norm:
-            self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
-            self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        norm = rms_norm if qk_norm else nn.Identity
+        self.q_norm = norm(width // heads)
+        self.k_norm = norm(width // heads)
 
     def forward(self, x, rope=None):
         """x (B, N, W), rope (2, N, d) or (2, B, N, d) -> (B, N, W)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))        # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, heads, N, d) each
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         x = F.scaled_dot_product_attention(q, k, v)
@@ -371,9 +378,8 @@ def axial_rope(coords, freqs):
     """
     grid = len(coords)
     angle = coords[:, None] * freqs                                 # (grid, d/2)
-    rows = angle[:, None].expand(grid, grid, -1)
-    columns = angle[None].expand(grid, grid, -1)
-    angle = torch.cat([rows, columns], dim=-1).flatten(0, 1)        # (N, d)
+    rows, columns = angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)     # of each token, (N, d/2)
+    angle = torch.cat([rows, columns], dim=1)                       # (N, d)
     sin = angle.sin()
     sin[:, 0::2] *= -1
     return torch.stack([angle.cos(), sin])
@@ -418,10 +424,9 @@ class Teacher(nn.Module):
         height, width = images.shape[-2:]
         if height != width or height % self.stride:
             raise ValueError(f"a teacher of {self.stride} pixels a token has no grid for {height} x {width}")
-        grid = height // self.stride
         x = self.normalize(images)
         if self.net.patch != self.stride:
-            x = F.interpolate(x, size=grid * self.net.patch, mode="bilinear", align_corners=False)
+            x = F.interpolate(x, size=height // self.stride * self.net.patch, mode="bilinear")
         return self.net(x)
 
     def forward(self, images):
@@ -481,13 +486,10 @@ class DINO(nn.Module):
             return table
         if self.version == "siglip":
             raise ValueError(f"SigLIP was trained at {self.grid * self.patch} px, not {grid * self.patch}")
-        table = table.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2).float()
         if self.registers is None:
             # The first models: a scale with an offset of 0.1, as they were trained.
-            table = F.interpolate(table, scale_factor=(grid + 0.1) / self.grid, mode="bicubic")
-        else:
-            table = F.interpolate(table, size=(grid, grid), mode="bicubic", antialias=True)
-        return table.flatten(2).transpose(1, 2)
+            return resize_positions(table, scale_factor=(grid + 0.1) / self.grid)
+        return resize_positions(table, size=grid, antialias=True)
 
     def rope(self, grid, first):
         """DINOv3: patch centres in [-1, 1], periods 100^(4i/d). The `first` tokens do not turn.
@@ -499,9 +501,9 @@ class DINO(nn.Module):
         periods = 100 ** (torch.arange(d // 4, device=device) * 4 / d)
         centres = (torch.arange(grid, device=device) + 0.5) / grid * 2 - 1
         rope = axial_rope(centres, (2 * math.pi / periods).repeat_interleave(2))
-        still = torch.zeros(2, first, d, device=device)
-        still[0] = 1
-        return torch.cat([still, rope], dim=1)
+        rope = F.pad(rope, (0, 0, first, 0))
+        rope[0, :first] = 1                                         # cos 1, sin 0
+        return rope
 
     def load_published(self, state, path="the teacher's file"):
         """Takes the published names; for DINOv3 also those of transformers and of timm. Returns itself."""
@@ -528,20 +530,20 @@ class DINOBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps)
         layers = OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width))
         self.mlp = nn.Sequential(layers)
-        self.scaled = scaled
-        if scaled:                                                  # SigLIP is not
+        self.ls1 = self.ls2 = {"gamma": 1}                          # SigLIP has no layer scale
+        if scaled:
             self.ls1 = nn.ParameterDict({"gamma": torch.ones(width)})
             self.ls2 = nn.ParameterDict({"gamma": torch.ones(width)})
 
     def forward(self, x, rope):
-        scale1, scale2 = (self.ls1["gamma"], self.ls2["gamma"]) if self.scaled else (1, 1)
-        x = x + scale1 * self.attn(self.norm1(x), rope)
-        return x + scale2 * self.mlp(self.norm2(x))
+        x = x + self.ls1["gamma"] * self.attn(self.norm1(x), rope)
+        return x + self.ls2["gamma"] * self.mlp(self.norm2(x))
 
 
 RENAMED = [  # in a teacher's file -> here
     (r"^(model\.)?layer\.", "blocks."),                             # transformers
-    (r"^embeddings\.(patch_embeddings\.)?", lambda m: "patch_embed." if m[1] else ""),
+    (r"^embeddings\.patch_embeddings\.", "patch_embed."),
+    (r"^embeddings\.", ""),
     (r"attention\.o_proj", "attn.proj"),
     (r"mlp\.up_proj", "mlp.fc1"),
     (r"mlp\.down_proj", "mlp.fc2"),
@@ -641,13 +643,12 @@ def read_tokenizer(path, ema=True):
         state = {re.sub(r"^aux\w*decoders\.", "sem_decoders.", n): w
                  for n, w in state.items() if not re.search(computed, n)}
         # Their semantic decoders go by the teacher's name ("dinov3"), ours by place (0, 1, ...).
-        teachers = list(dict.fromkeys(n.split(".")[1] for n in state if n.startswith("sem_decoders.")))
-        for name in [n for n in state if n.startswith("sem_decoders.")]:
+        names = [n for n in state if n.startswith("sem_decoders.")]
+        teachers = list(dict.fromkeys(n.split(".")[1] for n in names))
+        for name in names:
             _, teacher, rest = name.split(".", 2)
             state[f"sem_decoders.{teachers.index(teacher)}.{rest}"] = state.pop(name)
         config = own_config(file, TokenizerConfig) or config_from_shapes(state)
-        if not teachers:
-            config = replace(config, semantic="none")               # stage 1b leaves none in its files
     return state, config
 
 
@@ -681,9 +682,7 @@ def load_tokenizer(path, config=None, ema=True):
     config = config or own
     if own.grid != config.grid:
         for name in [n for n in state if n.endswith("positional_embedding")]:
-            table = state[name].unflatten(1, (own.grid, own.grid)).permute(0, 3, 1, 2)
-            table = F.interpolate(table, size=(config.grid, config.grid), mode="bicubic")
-            state[name] = table.flatten(2).transpose(1, 2)
+            state[name] = resize_positions(state[name], size=config.grid)
     model = RecTok(config)
     if (own.semantic, own.teacher_dim) != (config.semantic, config.teacher_dim):
         state = {n: w for n, w in state.items() if not n.startswith("sem_decoders.")}
@@ -751,8 +750,7 @@ def weight_file(name, weights="weights"):
             free = "; free of its form: --teacher dinov2_vitl14" if "dinov3" in name else ""
             raise OSError(f"could not download {name} ({one_line(error)}{free}); where there is internet:\n"
                           f"    curl -L --create-dirs -o {path} {url}") from error
-    if dist.is_initialized():
-        dist.barrier()
+    wait_for_all()
     return path
 
 
@@ -809,14 +807,15 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 def read_safetensors(path):
     """Layout: the header's length in 8 bytes, the header in JSON, the tensors' bytes (little-endian)."""
     with open(path, "rb") as f:
-        content = torch.frombuffer(bytearray(f.read()), dtype=torch.uint8)
-    start = 8 + int.from_bytes(content[:8].numpy().tobytes(), "little")
-    header = json.loads(content[8:start].numpy().tobytes())
+        content = bytearray(f.read())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
     header.pop("__metadata__", None)
+    data = torch.frombuffer(content, dtype=torch.uint8)[start:]
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        raw = content[start + begin:start + end].clone()            # a copy is aligned for any type
+        raw = data[begin:end].clone()                               # a copy is aligned for any type
         tensors[name] = raw.view(SAFETENSORS_TYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
@@ -836,8 +835,8 @@ def read_checkpoint(path, ema=True):
     state = file[found[0]] if found else file
     # Prefixes that DDP, Lightning and torch.compile leave.
     prefixes = r"^(module\.|model\.)+|_orig_mod\."
-    tensors = {n: w for n, w in state.items() if isinstance(n, str) and torch.is_tensor(w)}
-    state = {re.sub(prefixes, "", n): w for n, w in tensors.items()}
+    state = {re.sub(prefixes, "", n): w for n, w in state.items()
+             if isinstance(n, str) and torch.is_tensor(w)}
     return file, state
 
 
@@ -991,7 +990,7 @@ def list_images(root):
         seen.add(os.path.realpath(folder))
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__", "@")))
         paths += [f"{folder}/{file}" for file in files if is_image(file)]
-        lost = [file for file in files if not os.path.exists(f"{folder}/{file}") and not is_image(file)]
+        lost = [file for file in files if not is_image(file) and not os.path.exists(f"{folder}/{file}")]
         if name == "." and lost:
             raise ValueError(f"{root}/{lost[0]} is a link to nothing: mend or remove it")
     flat = sorted(found.pop("."))
@@ -1017,12 +1016,17 @@ def is_image(name):
     return not name.startswith(".") and kind in FORMATS
 
 
+@dataclass
 class Shapes:
     """Shapes drawn on the fly, anti-aliased; [i] depends on (seed, i) alone.
 
     Any place and hue, turned by up to 20 degrees, on a ground graded between two hues: neither colour nor
     place tells the class.
     """
+    size: int                             # pixels, square
+    length: int                           # images
+    seed: int = 0
+
     DISTANCE = {  # signed distance from the outline, radius about 1, negative inside; v points down
         "circle": lambda u, v: np.hypot(u, v) - 0.95,
         "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.75) - 0.22,
@@ -1037,11 +1041,6 @@ class Shapes:
     classes = list(DISTANCE)
     num_classes = len(DISTANCE)
 
-    def __init__(self, size, length, seed=0):
-        self.size = size
-        self.length = length
-        self.seed = seed
-
     def __len__(self):
         return self.length
 
@@ -1055,26 +1054,22 @@ class Shapes:
         angle = rng.uniform(-0.35, 0.35)
         ground_angle = rng.uniform(0, 2 * np.pi)
         center = rng.uniform(-0.2, 0.2, (2, 1))
-        fill, one_end, other_end = self.saturated(rng.uniform(0, 6, 3))                     # (3, 1, 1) each
+        # Three saturated colours, from hues on a wheel of six; (3, 1, 1) each.
+        wheel = rng.uniform(0, 6, (3, 1, 1, 1)) + np.array([0, 4, 2])[:, None, None]
+        fill, one_end, other_end = np.clip(np.abs(wheel % 6 - 3) - 1, 0, 1)
         place = (np.arange(self.size) + 0.5) / self.size * 2 - 1                          # of pixels, -1 to 1
 
         # The ground: from one end to the other along a direction.
-        along = np.cos(ground_angle) * place[None, :] + np.sin(ground_angle) * place[:, None]
+        along = np.cos(ground_angle) * place + np.sin(ground_angle) * place[:, None]
         ground = 0.55 + 0.4 * (one_end + (other_end - one_end) * (0.5 + along / 8 ** 0.5))
         # The shape, turned about its centre.
         x, y = place - center
-        u = (np.cos(angle) * x[None, :] + np.sin(angle) * y[:, None]) / radius
-        v = (np.cos(angle) * y[:, None] - np.sin(angle) * x[None, :]) / radius
+        u = (np.cos(angle) * x + np.sin(angle) * y[:, None]) / radius
+        v = (np.cos(angle) * y[:, None] - np.sin(angle) * x) / radius
         distance = self.DISTANCE[self.classes[label]](u, v) * radius * self.size / 2        # pixels
         cover = np.clip(0.5 - distance, 0, 1)
         pixels = ground + cover * (0.1 + 0.65 * fill - ground)
         return torch.from_numpy(np.round(255 * pixels).astype(np.uint8)), label
-
-    @staticmethod
-    def saturated(hues):
-        """Hues (n,) in [0, 6] -> RGB (n, 3, 1, 1) in [0, 1]."""
-        wheel = hues[:, None, None, None] + np.array([0, 4, 2])[:, None, None]
-        return np.clip(np.abs(wheel % 6 - 3) - 1, 0, 1)
 
 
 def to_float(images):
@@ -1090,7 +1085,7 @@ def to_uint8(images):
 def save_grid(path, images, columns):
     """uint8 images (n, 3, H, W) -> one picture, `columns` a row; small images are enlarged."""
     zoom = max(1, 96 // images.shape[-1])
-    images = images.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    images = F.interpolate(images.cpu(), scale_factor=zoom)
     empty = -len(images) % columns                                  # white places at the end
     images = F.pad(images, (1, 1, 1, 1, 0, 0, 0, empty), value=255)
     images = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, 3)
@@ -1101,14 +1096,14 @@ def plot(path, panels, columns=5, width=230, height=150):
     """{title: {label: [(x, y), ...]}} -> a picture of small charts, with the range of each axis."""
     picture = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
     draw = ImageDraw.Draw(picture)
+    colors = ["steelblue", "crimson", "seagreen", "darkorange", "purple", "black"]
     for number, (title, lines) in enumerate(panels.items()):
         left, top = number % columns * width + 10, number // columns * height + 32
         right, bottom = left + width - 20, top + height - 40
-        x, y = np.array([point for line in lines.values() for point in line]).T
+        x, y = np.concatenate(list(lines.values())).T
         draw.rectangle((left, top, right, bottom), outline="lightgrey")
         text = f"{title}\n{y.min():.3g} to {y.max():.3g}, over {x.min():g} to {x.max():g}"
         draw.text((left, top - 28), text, "black")
-        colors = ["steelblue", "crimson", "seagreen", "darkorange", "purple", "black"]
         end = right
         for k, (label, line) in enumerate(lines.items()):
             line_x, line_y = np.array(line).T
@@ -1127,10 +1122,10 @@ def plot(path, panels, columns=5, width=230, height=150):
 
 def start():
     """-> device, rank, number of processes. torchrun's environment decides; without it, one process."""
-    cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
     world = int(os.environ.get("WORLD_SIZE", 1))
     options = {}
-    if cuda:
+    if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                  # TF32 where nothing says otherwise
@@ -1138,17 +1133,30 @@ def start():
         options["device_id"] = device
     if world > 1 and not dist.is_initialized():
         # An hour: all others wait while rank 0 writes a checkpoint or scores.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1), **options)
-    return torch.device("cuda" if cuda else "cpu"), this_rank(), world_size()
+        dist.init_process_group("nccl" if options else "gloo", timeout=timedelta(hours=1), **options)
+    return device, this_rank(), world_size()
 
 
 def this_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def wait_for_all():
+    """Until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def world_size():
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def add_up(*tensors):
+    """Sums over all processes, in place."""
+    if dist.is_initialized():
+        for x in tensors:
+            dist.all_reduce(x)
 
 
 def from_rank_0(make):
@@ -1258,8 +1266,7 @@ def print_once(text):
 
 def progress_bar(*args, **options):
     """A progress bar on rank 0; where the output is a file, a line now and then."""
-    interval = 0.5 if sys.stderr.isatty() else 20
-    return tqdm(*args, disable=this_rank() > 0, mininterval=interval, **options)
+    return tqdm(*args, disable=this_rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 20, **options)
 
 
 def local_batches(data, batch=64, workers=0, desc="evaluate"):

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from dit import PRESETS, DiT, DiTConfig, flow_loss, generate, latent_statistics, load_dit
-from fid import collect, frechet, in_order, inception_score, open_reference
+from fid import collect, frechet, in_order, inception_scores
 from tokenizer import (COUNT, GUIDANCE, POSITIVE, SHARE, compile_blocks, fingerprint, load_tokenizer,
                        local_batches, print_once, progress_bar, run_script,
                        save_grid, seed_of, start, this_rank, to_float, to_uint8,
@@ -56,7 +56,7 @@ def lr_at(fraction, peak, final=0.1, flat=0.05):
 # ---------------------------------------------------------------- flags
 
 TINY = dict(data="shapes", size="nano", shift="2", steps=800, batch=32, lr=4e-3, ema=0.99, workers=0,
-            save_every=500, sample_every=400, cfg=2.0, sample_steps=20, reference="shapes",
+            sample_every=400, cfg=2.0, sample_steps=20, reference="shapes",
             features="tiny", eval_num=512)
 
 
@@ -121,8 +121,9 @@ def main(argv=None):
     model.grad_checkpoint = args.grad_checkpoint
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    features = open_features(args, args.tokenizer, device, args.weights) if args.reference else None
-    reference = open_reference(args.reference, features, shape.image_size, args.workers)
+    features, reference = None, None
+    if args.reference:
+        features, reference = open_features(args, args.tokenizer, device, shape.image_size)
     if reference is None:
         print_once("no scores of samples: --reference (a folder of images, or an npz) gives them")
     if run.checkpoint:
@@ -147,6 +148,7 @@ def main(argv=None):
 
     for step in range(run.first, run.last):
         # Gradients, accumulated over micro-batches
+        optimizer.zero_grad()
         lr_scale = lr_at(step / run.steps, 1.0)
         for micro_step in range(accumulate):
             images, y = next(batches)
@@ -163,7 +165,6 @@ def main(argv=None):
         skip = run.check({"grad_norm": nn.utils.clip_grad_norm_(model.parameters(), 1.0)})
         step_at(lr_scale, optimizer, skip)
         update_ema(ema, model, args.ema, step)
-        optimizer.zero_grad()
 
         # What is due: save first (the rest may take long), then picture, scores and log
         done = step + 1
@@ -193,20 +194,16 @@ def main(argv=None):
     bar.close()
 
 
-@torch.no_grad()
 def score_samples(draw_samples, cfg, total, num_classes, features, reference):
     """Scores of `total` class-balanced samples, each process its share: FID (FD on other features) against
     the reference, IS, and with a class head the share that it takes for the class asked for."""
-    mine = range(this_rank(), total, world_size())
+    mine = torch.arange(this_rank(), total, world_size(), device=features.device)
     found = []
-    for first in progress_bar(range(0, len(mine), 64), desc="evaluate", leave=False):
-        part = mine[first:first + 64]
-        y = torch.tensor([i % num_classes for i in part], device=features.device)
-        found.append(features(draw_samples(part, y, cfg)))
+    for part in progress_bar(mine.split(64), desc="evaluate", leave=False):
+        found.append(features(draw_samples(part.tolist(), part % num_classes, cfg)))
     found = collect(found)
     scores = {features.score: frechet(found, reference)}
-    if features.inception and total >= 10:
-        scores["IS"], _ = inception_score(in_order(found["logits"], total))
+    scores |= inception_scores(features, found["logits"], total)
     if features.head:
         logits = F.linear(in_order(found["rows"], total).cpu(), **features.head)
         scores["agreement"] = (logits.argmax(1) == torch.arange(total) % num_classes).float().mean().item()

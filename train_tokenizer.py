@@ -22,7 +22,6 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -31,11 +30,11 @@ from torch.utils.data import DataLoader
 from fid import INCEPTION, Features, open_reference, score_tokenizer
 from tokenizer import RecTok, flow, latent_shift, random_visible, sample_time        # those of the method
 from tokenizer import (COUNT, DINO, POSITIVE, SHARE, SIGNALS, SIZES, TEACHERS, ImageFolder, Normalize, Shapes,
-                       TokenizerConfig, atomic, compile_blocks, cores, fetch_weights, from_rank_0,
+                       TokenizerConfig, add_up, atomic, compile_blocks, cores, fetch_weights, from_rank_0,
                        ignore_signals, load_named, load_teacher, load_tokenizer, plot, print_once,
                        progress_bar, read_tokenizer, read_weights, run_script, sample_noise, save_grid,
                        seed_of, start, teacher_file, this_rank, time_grid, to_float, to_uint8,
-                       training_precision, weight_file, world_size)
+                       training_precision, wait_for_all, weight_file, world_size)
 
 
 
@@ -178,7 +177,7 @@ def semantic_loss(pred, target, kind="cosine"):
     """1 - cosine (or l1, l2) of features (..., D), the mean over all patches; of none it is 0."""
     pred, target = pred.float(), target.float()
     if kind == "cosine":
-        loss = 1 - (F.normalize(pred, dim=-1) * F.normalize(target, dim=-1)).sum(-1)
+        loss = 1 - F.cosine_similarity(pred, target, dim=-1)
     elif kind == "l1":
         loss = (pred - target).abs().mean(-1)
     else:
@@ -206,10 +205,10 @@ TINY = dict(  # --tiny: other defaults, nothing else. Its z has 256 numbers, not
     data="shapes", image_size=32, patch_size=8, channels=16, encoder="nano", decoder="nano", semantic="nano",
     teacher="tiny", features="tiny", gan_width=8, w_pixel=20.0, w_perceptual=0.0, w_gan=5e-4, w_kl=5e-5,
     gan_start=0.7, noise_warmup=0.25, shift="2", steps=1000, batch=32, lr=3e-3, warmup=0.1, ema=0.99,
-    save_every=500, workers=0)
+    workers=0)
 FINETUNE = dict(  # --finetune_decoder, stage 1b: on posterior samples of the frozen encoder of a checkpoint
     patch_size=None, channels=None, encoder=None, decoder=None, semantic=None,
-    out="out/tokenizer_ft", distill="none", gamma=0.0, mask_min=0.0, mask_max=0.0, w_kl=0.0, w_semantic=0.0,
+    out="out/tokenizer_ft", distill="none", gamma=0.0, mask_min=0.0, mask_max=0.0, w_kl=0.0,
     gan_start=0.0, epochs=100.0, warmup=0.05)
 TINY_FINETUNE = dict(steps=400, lr=2e-3, noise_warmup=0.0)
 
@@ -229,8 +228,8 @@ def parse(argv=None):
     if given.tiny and given.finetune_decoder:
         p.set_defaults(**TINY_FINETUNE)
     args = p.parse_args(argv)
-    if not 0 <= args.mask_max < 1 or args.mask_min > args.mask_max:
-        p.error(f"--mask_min {args.mask_min} --mask_max {args.mask_max}: need min <= max, and 0 <= max < 1")
+    if args.mask_min > args.mask_max:
+        p.error(f"--mask_min {args.mask_min} is above --mask_max {args.mask_max}")
     if args.target == "hidden" and args.mask_max == 0:
         p.error("--target hidden with --mask_max 0: no patch is ever hidden")
     if args.finetune_decoder and (args.init or args.distill != "none"):
@@ -251,7 +250,8 @@ def add_model_flags(p):
     add("--semantic", default="tiny", choices=[*SIZES, "mlp", "none"], help="the semantic decoder")
     add("--gan_width", type=COUNT, default=64, help="base channels of the discriminator")
     add("--teacher", default="dinov3_vitl16", help="VFM, or several: dinov3_vitl16,dinov2_vitl14")
-    add("--random_weights", action="store_true", help="random VFM and perceptual nets: timing and tests only")
+    add("--random_weights", action="store_const", dest="weights", const="random",
+        help="random VFM and perceptual nets: timing and tests only")
 
 
 def add_method_flags(p):
@@ -265,7 +265,7 @@ def add_method_flags(p):
     add("--noise_warmup", type=SHARE, default=0.0,
         help="the noise level 1 - t grows from 0 over this share of training (ours, not the paper's)")
     add("--mask_min", type=float, default=-0.1, help="hidden share = max(0, U(mask_min, mask_max)): often 0")
-    add("--mask_max", type=float, default=0.4, help="0 with --mask_min 0 switches RAD off")
+    add("--mask_max", type=SHARE, default=0.4, help="0 with --mask_min 0 switches RAD off")
     add("--w_pixel", type=float, default=1.0, help="weight of the mean squared error in [0, 1]")
     add("--w_perceptual", type=float, default=1.0, help="of (LPIPS + 0.1 ConvNeXt) / 1.1")
     # The authors' script says 0.5, but their loss builder does not pass it on: their code runs with 0.1.
@@ -302,15 +302,14 @@ def main(argv=None):
     batches = load_batches(data, args, micro_batch, run.first, run.last, device)
 
     # Setup: networks
-    if not args.random_weights:
+    if args.weights != "random":
         fetch_weights(published_files(args), args.weights)
     if args.tiny:
         make_tiny_teacher(args, config.image_size)
     torch.manual_seed(args.seed)                                    # whatever was drawn before
     teachers = open_teachers(args, device)
-    perceptual = PerceptualLoss(published(args)).to(device) if args.w_perceptual else None
-    features = open_features(args, f"{args.out}/last.pt", device, published(args))
-    reference = open_reference(args.reference, features, config.image_size, args.workers)
+    perceptual = PerceptualLoss(args.weights).to(device) if args.w_perceptual else None
+    features, reference = open_features(args, f"{args.out}/last.pt", device, config.image_size)
     model, ema = open_tokenizers(args, config, teachers, device, init=None if run.checkpoint else args.init)
     config = model.config
     discriminator = PatchGAN(args.gan_width).to(device)
@@ -325,19 +324,18 @@ def main(argv=None):
     if perceptual is not None:
         compile_blocks(device, args.no_compile, perceptual.lpips, perceptual.convnext)
     precision = training_precision(device, args.float32)
-    shown = first_images(held_out).to(device)
     if args.w_gan and device.type == "cuda":
         # The GAN starts late, but its memory must be there: a pass whose gradients are dropped.
         images = torch.zeros(micro_batch, 3, config.image_size, config.image_size, device=device)
         train_micro_batch(objective, discriminator, teachers, perceptual, images, loss_weights, 0.0,
                           accumulate, precision)
-        optimizer.zero_grad()
-        d_optimizer.zero_grad()
     stage = "stage 1b" if args.finetune_decoder else "stage 1"
     bar = progress_bar(total=run.last, initial=run.first, desc=stage)
 
     for step in range(run.first, run.last):
         # Gradients, accumulated over micro-batches
+        optimizer.zero_grad()
+        d_optimizer.zero_grad()
         progress = step / run.steps
         lr_scale = lr_at(progress, 1.0, args.warmup)
         gan_on = args.w_gan > 0 and progress >= args.gan_start
@@ -359,8 +357,6 @@ def main(argv=None):
         if gan_on:
             step_at(lr_scale, d_optimizer, skip)
         update_ema(ema, model, args.ema, step)
-        optimizer.zero_grad()
-        d_optimizer.zero_grad()
 
         # What is due: save first (the rest may take long), then picture, scores and log
         done = step + 1
@@ -372,7 +368,7 @@ def main(argv=None):
                                    "optimizer": optimizer.state_dict(),
                                    "d_optimizer": d_optimizer.state_dict()})
             if rank == 0 and not run.leave:
-                picture(f"{args.out}/step_{done}.png", ema, shown, args.seed)
+                picture(f"{args.out}/step_{done}.png", ema, held_out, args.seed)
         scores = {}
         if run.scoring:
             lpips = perceptual.lpips if perceptual else None
@@ -423,8 +419,8 @@ def open_tokenizers(args, config, teachers, device, init):
 
 def published_files(args):
     """The names of all that this run needs of them."""
-    teachers = [] if "none" in (args.distill, args.semantic) else args.teacher.split(",")
-    files = [teacher_file(name, args.weights) for name in (*teachers, args.features) if name in TEACHERS]
+    names = (*teacher_names(args), args.features)
+    files = [teacher_file(name, args.weights) for name in names if name in TEACHERS]
     if args.features == "inception":
         files.append(INCEPTION)
     if args.w_perceptual:
@@ -432,20 +428,18 @@ def published_files(args):
     return files
 
 
-def published(args):
-    """Where the published networks come from: a folder, or "random"."""
-    return "random" if args.random_weights else args.weights
+def teacher_names(args):
+    """The VFMs to distill; none of them where no semantic decoder learns."""
+    return [] if "none" in (args.distill, args.semantic) else args.teacher.split(",")
 
 
 def open_teachers(args, device):
     """The frozen VFMs, in float32 weights; bf16 arithmetic comes from autocast."""
-    if "none" in (args.distill, args.semantic):
-        return []
     teachers = []
-    for name in args.teacher.split(","):
+    for name in teacher_names(args):
         if name == "tiny":
             name = f"{args.out}/teacher.pt"
-        teacher = load_teacher(name, published(args)).to(device).eval().requires_grad_(False)
+        teacher = load_teacher(name, args.weights).to(device)
         if teacher.stride != args.patch_size:
             raise ValueError(f"teacher {name} has a token every {teacher.stride} pixels, the tokenizer every "
                              f"{args.patch_size}: their grids do not match")
@@ -453,20 +447,21 @@ def open_teachers(args, device):
     return teachers
 
 
-def open_features(args, checkpoint, device, weights):
-    """The network of FID: Inception, or a teacher (then it is FD); "tiny": teacher.pt beside a checkpoint."""
+def open_features(args, checkpoint, device, image_size):
+    """-> the network of FID: Inception, or a teacher (then it is FD; "tiny": teacher.pt beside a checkpoint),
+    and its statistics of --reference; None for what is not asked for."""
     if args.features == "none":
-        return None
+        return None, None
     beside = os.path.join(os.path.dirname(checkpoint), "teacher.pt")
-    return Features(beside if args.features == "tiny" else args.features, weights, device)
+    features = Features(beside if args.features == "tiny" else args.features, args.weights, device)
+    return features, open_reference(args.reference, features, image_size, args.workers)
 
 
 def optimizer_for(model, lr):
-    """AdamW, weight decay 1e-4 but none on 1-D tensors and on names with these parts (as published)."""
-    free_parts = ("ln", "bias", "embedding", "norm", "gamma", "embed", "token")
+    """AdamW; no weight decay on 1-D tensors, embeddings and tokens, 1e-4 on the rest (as published)."""
     groups = [dict(params=[], weight_decay=0.0), dict(params=[], weight_decay=1e-4)]
     for name, weight in model.named_parameters():
-        free = weight.ndim == 1 or any(part in name for part in free_parts)
+        free = weight.ndim == 1 or "embed" in name or "token" in name
         if weight.requires_grad:
             groups[0 if free else 1]["params"].append(weight)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
@@ -474,41 +469,36 @@ def optimizer_for(model, lr):
 
 def average_gradients(net):
     """Over processes. DDP does it for the tokenizer, while backward runs; the discriminator is small."""
-    if world_size() > 1:
-        for p in net.parameters():
-            dist.all_reduce(p.grad)
-            p.grad /= world_size()
+    for p in net.parameters():
+        add_up(p.grad)
+        p.grad /= world_size()
 
 
 def evaluate_only(args, config, unflipped, held_out, device):
     """The scores of a checkpoint, and a picture."""
     model = load_tokenizer(args.eval_only, config).to(device)
-    lpips = LPIPS(published(args)).to(device) if args.w_perceptual else None
-    features = open_features(args, args.eval_only, device, published(args))
-    reference = open_reference(args.reference, features, config.image_size, args.workers)
+    lpips = LPIPS(args.weights).to(device) if args.w_perceptual else None
+    features, reference = open_features(args, args.eval_only, device, config.image_size)
     score_tokenizer(model, unflipped, held_out, args.eval_only, features, reference, lpips, args.seed,
                     args.workers)
     path = f"{args.out}/eval.png"
     if this_rank() == 0:
         os.makedirs(args.out, exist_ok=True)
-        picture(path, model, first_images(held_out).to(device), args.seed)
+        picture(path, model, held_out, args.seed)
     print_once(f"wrote {path}: originals, reconstructions, and decoded z_t at t = 0.75, 0.5, 0.25")
 
 
-def first_images(data):
-    """uint8 (up to 8, 3, H, W)."""
-    return torch.stack([data[i][0] for i in range(min(8, len(data)))])
-
-
 @torch.no_grad()
-def picture(path, model, images, seed):
-    """uint8 images -> a row of them, and below it what the pixel decoder makes of z_t at t = 1 (the
+def picture(path, model, data, seed):
+    """A row of the first eight images, and below it what the pixel decoder makes of their z_t at t = 1 (the
     reconstructions), 0.75, 0.5 and 0.25."""
+    images = torch.stack([data[i][0] for i in range(min(8, len(data)))])
+    images = images.to(next(model.parameters()).device)
     z, _ = model.encode(to_float(images))
     noise = sample_noise(seed, range(len(z)), *z.shape[1:]).to(z.device)
     rows = [images]
     for t in (1.0, 0.75, 0.5, 0.25):
-        z_t = flow(z, noise, torch.full((len(z),), t, device=z.device))
+        z_t = flow(z, noise, z.new_tensor([t]))
         rows.append(to_uint8(model.decode(z_t)))
     save_grid(path, torch.cat(rows), len(images))
 
@@ -524,8 +514,7 @@ def make_tiny_teacher(args, size):
             shutil.copy(given, path)
         elif "tiny" in (args.teacher, args.features):
             fit_teacher(path, size)
-    if dist.is_initialized():
-        dist.barrier()
+    wait_for_all()
 
 
 def fit_teacher(path, size, steps=400, batch=64, seed=0):
@@ -577,9 +566,7 @@ class PerceptualLoss(nn.Module):
     def forward(self, target, prediction):
         target, prediction = target * 2 - 1, prediction * 2 - 1
         lpips = self.lpips(target, prediction).mean()
-        with torch.no_grad():
-            real = self.logits(target)
-        convnext = F.mse_loss(self.logits(prediction), real)
+        convnext = F.mse_loss(self.logits(prediction), self.logits(target))
         return (1.0 * lpips + 0.1 * convnext) / 1.1
 
     def logits(self, images):
@@ -613,13 +600,11 @@ class LPIPS(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, target, prediction):
-        with torch.no_grad():
-            real = self.unit_features(target)
+        real = self.unit_features(target)
         fake = self.unit_features(prediction)
         total = 0
-        with torch.autocast(target.device.type, enabled=False):     # in float32
-            for a, b, weight in zip(real, fake, self.heads):
-                total = total + ((a - b) ** 2 * weight).sum(1).mean((1, 2))
+        for a, b, weight in zip(real, fake, self.heads):
+            total = total + ((a - b) ** 2 * weight).sum(1).mean((1, 2))
         return total
 
     def unit_features(self, images):
@@ -639,18 +624,16 @@ class ConvNeXt(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers = []
-        before = 3
+        before = 96
+        layers = [nn.Sequential(nn.Conv2d(3, before, 4, stride=4), LayerNorm2d(before, 1e-6))]
         for depth, width in zip((3, 3, 27, 3), (96, 192, 384, 768)):
-            if before == 3:
-                stem = nn.Sequential(nn.Conv2d(3, width, 4, stride=4), LayerNorm2d(width, eps=1e-6))
-            else:
-                stem = nn.Sequential(LayerNorm2d(before, eps=1e-6), nn.Conv2d(before, width, 2, stride=2))
-            layers.append(stem)
+            if width > before:
+                layers.append(nn.Sequential(LayerNorm2d(before, 1e-6),
+                                            nn.Conv2d(before, width, 2, stride=2)))
             layers.append(nn.Sequential(*(ConvNeXtLayer(width) for _ in range(depth))))
             before = width
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(LayerNorm2d(768, eps=1e-6), nn.Flatten(), nn.Linear(768, 1000))
+        self.classifier = nn.Sequential(LayerNorm2d(768, 1e-6), nn.Flatten(), nn.Linear(768, 1000))
 
     def forward(self, x):
         x = self.features(x)
@@ -663,7 +646,7 @@ class ConvNeXtLayer(nn.Module):
         self.layer_scale = nn.Parameter(torch.ones(width, 1, 1))
         self.block = nn.ModuleDict({
             "0": nn.Conv2d(width, width, 7, padding=3, groups=width),
-            "2": nn.LayerNorm(width, eps=1e-6),
+            "2": nn.LayerNorm(width, 1e-6),
             "3": nn.Linear(width, 4 * width),
             "5": nn.Linear(4 * width, width)})
 
@@ -842,8 +825,7 @@ class Run:
         self.leave = False
         os.makedirs(args.out, exist_ok=True)
         self.lock = lock_folder(args.out)
-        self.checkpoint = resume(args, data)
-        self.first = self.checkpoint["step"] if self.checkpoint else 0
+        self.checkpoint, self.first = resume(args, data)
 
     def catch(self, number, frame):
         if self.signalled is None:
@@ -867,8 +849,8 @@ class Run:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print_once(f"torch {torch.__version__}, {world_size()} x {self.device.type}, {parameters:.1f} M "
                    f"parameters, {len(self.data)} images of {len(self.data.classes)} classes in {args.data}, "
-                   f"steps {self.first} to {self.last} of {self.steps}, {more}")
-        print_once(f"log: {args.out}/log.jsonl, each row the mean of ten steps (assets/costs.md: from "
+                   f"steps {self.first} to {self.last} of {self.steps}, {more}\n"
+                   f"log: {args.out}/log.jsonl, each row the mean of ten steps (assets/costs.md: from "
                    "images_per_s to the share of a GPU's matrix rate)")
         if this_rank() == 0:
             config = {"args": vars(args), "model": asdict(model.config), "torch": torch.__version__,
@@ -933,13 +915,9 @@ class Run:
 
     def all_sums(self):
         """The sums over all processes, by name."""
-        names = sorted(self.sums)                                   # one order everywhere
-        if not names:
-            return {}
-        table = torch.stack([self.sums[name] for name in names])
-        if dist.is_initialized():
-            dist.all_reduce(table)
-        return dict(zip(names, table))
+        totals = {name: self.sums[name].clone() for name in sorted(self.sums)}      # one order everywhere
+        add_up(*totals.values())
+        return totals
 
     def log(self, row):
         """Adds a line to log.jsonl, on rank 0; where it is time to save, also curves.png."""
@@ -1023,16 +1001,15 @@ def resume(args, data):
         if {"epochs", "steps"} & set(changed):
             print_once("notice: the length of training changed, and with it the learning rate schedule")
     step = file["step"] if file else 0
-    if world_size() > 1 and from_rank_0(lambda: step) != step:
+    if from_rank_0(lambda: step) != step:
         raise ValueError(f"processes find different steps in {args.out}: all machines must see one folder")
     if this_rank() == 0:
         for left in glob.glob(f"{glob.escape(args.out)}/*.tmp"):    # of a killed run
             os.remove(left)
         rows = [row for row in read_log(args.out) if row["step"] <= step]
-        if os.path.exists(f"{args.out}/log.jsonl"):
-            with atomic(f"{args.out}/log.jsonl") as f:
-                f.writelines((json.dumps(row) + "\n").encode() for row in rows)
-    return file
+        with atomic(f"{args.out}/log.jsonl") as f:
+            f.writelines((json.dumps(row) + "\n").encode() for row in rows)
+    return file, step
 
 
 def read_log(out):
@@ -1050,8 +1027,9 @@ def update_ema(ema, model, decay, updates):
     d is `decay`, but less in the first updates, or the average of a short run would be its random start.
     """
     decay = min(decay, (1 + updates) / (10 + updates))
-    pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
-    torch._foreach_lerp_([e for e, _ in pairs], [p for _, p in pairs], 1 - decay)
+    for average, weight in zip(ema.parameters(), model.parameters()):
+        if weight.requires_grad:
+            average.lerp_(weight, 1 - decay)
 
 
 def step_at(scale, optimizer, skip=None):
