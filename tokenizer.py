@@ -264,7 +264,7 @@ class SemanticMLP(nn.Module):
 # ---------------------------------------------------------------- what it is built of (partly also the DiT)
 
 def rms_norm(width):
-    return nn.RMSNorm(width, eps=1e-6)
+    return nn.RMSNorm(width, 1e-6)
 
 
 def learned_positions(grid, width):

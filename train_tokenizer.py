@@ -208,8 +208,7 @@ TINY = dict(  # --tiny: other defaults, nothing else. Its z has 256 numbers, not
     workers=0)
 FINETUNE = dict(  # --finetune_decoder, stage 1b: on posterior samples of the frozen encoder of a checkpoint
     patch_size=None, channels=None, encoder=None, decoder=None, semantic=None,
-    out="out/tokenizer_ft", distill="none", gamma=0.0, mask_min=0.0, mask_max=0.0, w_kl=0.0,
-    gan_start=0.0, epochs=100.0, warmup=0.05)
+    distill="none", gamma=0.0, mask_min=0.0, mask_max=0.0, w_kl=0.0, gan_start=0.0, epochs=100.0, warmup=0.05)
 TINY_FINETUNE = dict(steps=400, lr=2e-3, noise_warmup=0.0)
 
 
@@ -223,10 +222,10 @@ def parse(argv=None):
         p.set_defaults(**TINY)
     if given.finetune_decoder or given.eval_only:
         p.set_defaults(**FINETUNE)
-    if given.eval_only:
-        p.set_defaults(out="out/tokenizer")
-    if given.tiny and given.finetune_decoder:
-        p.set_defaults(**TINY_FINETUNE)
+    if given.finetune_decoder:
+        p.set_defaults(out="out/tokenizer_ft")
+        if given.tiny:
+            p.set_defaults(**TINY_FINETUNE)
     args = p.parse_args(argv)
     if args.mask_min > args.mask_max:
         p.error(f"--mask_min {args.mask_min} is above --mask_max {args.mask_max}")
@@ -1006,9 +1005,11 @@ def resume(args, data):
     if this_rank() == 0:
         for left in glob.glob(f"{glob.escape(args.out)}/*.tmp"):    # of a killed run
             os.remove(left)
-        rows = [row for row in read_log(args.out) if row["step"] <= step]
-        with atomic(f"{args.out}/log.jsonl") as f:
-            f.writelines((json.dumps(row) + "\n").encode() for row in rows)
+        log = f"{args.out}/log.jsonl"
+        if os.path.exists(log):
+            rows = [row for row in read_log(args.out) if row["step"] <= step]
+            with atomic(log) as f:
+                f.writelines((json.dumps(row) + "\n").encode() for row in rows)
     return file, step
 
 
