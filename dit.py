@@ -38,16 +38,10 @@ def flow_loss(model, z, y, shift, noise=None, u=None):
     return ((v.float() - (z - noise)) ** 2).mean((1, 2))
 
 
-def sample(model, noise, y, steps, shift, cfg=1.0, interval=(0, 1), guide=None, solver="euler"):
-    """noise (B, N, C), classes y (B,) -> latents (B, N, C), normalised: the end of sample_path."""
-    for _, z in sample_path(model, noise, y, steps, shift, cfg, interval, guide, solver):
-        pass
-    return z
-
-
 @torch.no_grad()
 def sample_path(model, noise, y, steps, shift, cfg=1.0, interval=(0, 1), guide=None, solver="euler"):
-    """Follows the velocity in `steps` steps of the shifted time grid, and yields each (t, z_t).
+    """From noise (B, N, C), for classes y (B,), along the velocity: yields each (t, z_t) of the shifted time
+    grid of `steps` steps.
 
     v = v_weak + cfg (v - v_weak) where t lies in the closed interval. v_weak is the model's for the null
     class (classifier-free guidance), or that of `guide`, a smaller, less trained DiT (AutoGuidance). solver:
@@ -74,6 +68,13 @@ def sample_path(model, noise, y, steps, shift, cfg=1.0, interval=(0, 1), guide=N
             v = (v + velocity(ahead, t_next)) / 2
         z = z + (t_next - t) * v
     yield 1.0, z
+
+
+def sample(*args, **options):
+    """What sample_path takes -> its end: latents (B, N, C), normalised."""
+    for _, z in sample_path(*args, **options):
+        pass
+    return z
 
 
 def generate(model, tokenizer, stats, seed, indices, y, precision, **options):

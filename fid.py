@@ -259,7 +259,6 @@ class Features:
     def __init__(self, name, weights, device):
         self.inception = name == "inception"
         self.net = (InceptionV3(weights) if self.inception else load_teacher(name, weights)).to(device)
-        self.width = self.net.width
         self.device = device
         self.score = "FID" if self.inception else "FD"              # only Inception's distance is called FID
         self.name = name
@@ -542,9 +541,9 @@ def measure(features, side, batch=64, workers=0, images=False):
     if "mu" in side:
         kind = side.get("features", features.name)
         # Networks are known by their hash, or else by their name.
-        if len(side["mu"]) != features.width or kind.split()[-1] != features.name.split()[-1]:
+        if len(side["mu"]) != features.net.width or kind.split()[-1] != features.name.split()[-1]:
             raise ValueError(f"{side['path']}: statistics of {len(side['mu'])} features ({kind}), where "
-                             f"{features.name} has {features.width}")
+                             f"{features.name} has {features.net.width}")
         given = {"mu": side["mu"], "sigma": side["sigma"], "n": side.get("n")}
     if images or not given:
         return extract_data(features, side["images"], batch, workers) | given

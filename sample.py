@@ -80,11 +80,12 @@ def main(argv=None):
     print_once("recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()))
 
     def draw_samples(indices):
-        """-> uint8 (len(indices), 3, H, W), --batch at a time."""
+        """A range of indices -> uint8 (len(indices), 3, H, W), --batch at a time."""
         images = []
-        for part in torch.tensor(indices).split(args.batch):
-            drawn = generate(model, tokenizer, stats, args.seed, part.tolist(), labels[part], precision,
-                             guide=guide, **options)
+        for first in range(0, len(indices), args.batch):
+            part = indices[first:first + args.batch]
+            y = labels[part.start:part.stop]
+            drawn = generate(model, tokenizer, stats, args.seed, part, y, precision, guide=guide, **options)
             images.append(to_uint8(drawn).cpu())
         return torch.cat(images)
 

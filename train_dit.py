@@ -197,10 +197,12 @@ def main(argv=None):
 def score_samples(draw_samples, cfg, total, num_classes, features, reference):
     """Scores of `total` class-balanced samples, each process its share: FID (FD on other features) against
     the reference, IS, and with a class head the share that it takes for the class asked for."""
-    mine = torch.arange(this_rank(), total, world_size(), device=features.device)
+    mine = range(this_rank(), total, world_size())
     found = []
-    for part in progress_bar(mine.split(64), desc="evaluate", leave=False):
-        found.append(features(draw_samples(part.tolist(), part % num_classes, cfg)))
+    for first in progress_bar(range(0, len(mine), 64), desc="evaluate", leave=False):
+        part = mine[first:first + 64]
+        y = torch.tensor(part, device=features.device) % num_classes
+        found.append(features(draw_samples(part, y, cfg)))
     found = collect(found)
     scores = {features.score: frechet(found, reference)}
     scores |= inception_scores(features, found["logits"], total)

@@ -824,7 +824,8 @@ class Run:
         self.leave = False
         os.makedirs(args.out, exist_ok=True)
         self.lock = lock_folder(args.out)
-        self.checkpoint, self.first = resume(args, data)
+        self.checkpoint = resume(args, data)
+        self.first = self.checkpoint["step"] if self.checkpoint else 0
 
     def catch(self, number, frame):
         if self.signalled is None:
@@ -1010,7 +1011,7 @@ def resume(args, data):
             rows = [row for row in read_log(args.out) if row["step"] <= step]
             with atomic(log) as f:
                 f.writelines((json.dumps(row) + "\n").encode() for row in rows)
-    return file, step
+    return file
 
 
 def read_log(out):

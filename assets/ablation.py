@@ -71,14 +71,15 @@ def tables():
                 cells = [label, str(len(seeds)), cell(seeds, "psnr"), cell(seeds, "rFD", digits=2)]
                 for kind in KINDS:
                     cells.append(cell(seeds, *(f"probe_{kind}_{t}" for t in TIMES), digits=0, factor=100))
-                cells += [cell(seeds, name) for name in ("FD_250", "FD", "FD_cfg")]
-                cells += [cell(seeds, name, digits=0, factor=100) for name in ("agreement", "agreement_cfg")]
+                cells += [cell(seeds, column) for column in ("FD_250", "FD", "FD_cfg")]
+                cells += [cell(seeds, column, digits=0, factor=100) for column in ("agreement", "agreement_cfg")]
                 print("| " + " | ".join(cells) + " |")
 
 
 def cell(seeds, *columns, digits=1, factor=1):
-    """The mean over seeds of each column, and the largest standard deviation of them."""
-    if not seeds[0][columns[0]]:
+    """The mean over the seeds that have it of each column, and the largest standard deviation of them."""
+    seeds = [seed for seed in seeds if seed[columns[0]]]
+    if not seeds:
         return "–"
     values = np.array([[float(seed[column]) for column in columns] for seed in seeds]) * factor
     means = " ".join(f"{mean:.{digits}f}" for mean in values.mean(0))
@@ -96,13 +97,15 @@ def with_range(x, values):
 
 def charts():
     """What a linear classifier reads along the flow; reconstruction and generation by channels."""
-    probe = {}
     labels = {"baseline": "baseline", "latent": "clean latents", "fsd": "+ FSD", "rad": "+ RAD"}
-    for name, label in labels.items():
-        probe[label] = []
-        for t in TIMES:
-            probe[label] += with_range(t, [100 * float(seed[f"probe_z_{t}"]) for seed in seeds_of(name)])
-    panels = {"linear probe on z_t, % right, over t": probe}
+    panels = {}
+    for kind, title in (("z", "linear probe on z_t, % right, over t"),
+                        ("normalised", "the same, z normalised as for the DiT")):
+        panels[title] = {label: [] for label in labels.values()}
+        for name, label in labels.items():
+            for t in TIMES:
+                scores = [seed[f"probe_{kind}_{t}"] for seed in seeds_of(name)]
+                panels[title][label] += with_range(t, [100 * float(score) for score in scores if score])
     for column, title in (("psnr", "PSNR (dB) by channels"), ("FD_250", "gFD by channels, DiT at step 250"),
                           ("FD", "gFD by channels, DiT at step 1,000")):
         panels[title] = {}
@@ -112,7 +115,7 @@ def charts():
             panels[title][label] = []
             for channels, name in names.items():
                 panels[title][label] += with_range(channels, [seed[column] for seed in seeds_of(name)])
-    plot(os.path.join(HERE, "charts.png"), panels, columns=2, width=400, height=260)
+    plot(os.path.join(HERE, "charts.png"), panels, columns=3, width=380, height=260)
 
 
 if __name__ == "__main__":
