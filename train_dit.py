@@ -55,8 +55,8 @@ def lr_at(fraction, peak, final=0.1, flat=0.05):
 
 # ---------------------------------------------------------------- flags
 
-TINY = dict(data="shapes", size="nano", shift="2", steps=800, batch=32, lr=4e-3, ema=0.99, workers=0,
-            sample_every=400, cfg=2.0, sample_steps=20, reference="shapes",
+TINY = dict(data="shapes", size="nano", shift="2", steps=1000, batch=32, lr=4e-3, ema=0.99, workers=0,
+            sample_every=500, cfg=2.0, sample_steps=20, reference="shapes",
             features="tiny", eval_num=512)
 
 
