@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import (Attention, SwiGLU, add_up, axial_rope, flow, linear_by_conv, load_named, naming,
+from tokenizer import (Attention, SwiGLU, all_reduce, axial_rope, flow, linear_by_conv, load_named, naming,
                        own_config, read_checkpoint, rms_norm, sample_noise, sample_time, time_grid, to_float,
                        training_precision)
 
@@ -116,7 +116,7 @@ def latent_statistics(tokenizer, batches, of_means=False):
         mean, variance = mean.double(), logvar.double().exp()
         squares = mean ** 2 if of_means else mean ** 2 + variance   # the expected square of a sample
         sums += torch.stack([torch.ones_like(mean), mean, squares]).sum((1, 2))
-    add_up(sums)
+    all_reduce(sums)
     count, total, squares = sums
     mean = total / count
     variance = squares / count - mean ** 2

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.data import Subset
 
-from tokenizer import (COUNT, ImageFolder, Shapes, add_up, atomic, cores, flow, load_named, load_teacher,
+from tokenizer import (COUNT, ImageFolder, Shapes, all_reduce, atomic, cores, flow, load_named, load_teacher,
                        local_batches, naming, print_once, read_weights, run_script, sample_noise, start,
                        this_rank, to_float, to_uint8, weight_file, weights_hash, world_size)
 
@@ -44,7 +44,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     values, vectors = torch.linalg.eigh(sigma1)
     L = vectors * values.clamp(min=0).sqrt()
     root = torch.linalg.eigvalsh(L.T @ sigma2 @ L).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root).item()
+    means = (mu1 - mu2).square().sum()
+    return (means + sigma1.trace() + sigma2.trace() - 2 * root).item()
 
 
 def inception_score(logits, splits=10, seed=2020):
@@ -99,7 +100,7 @@ def moments(features):
         part = part.double()
         total += part.sum(0)
         outer.addmm_(part.T, part)
-    add_up(number, total, outer)
+    all_reduce(number, total, outer)
     n = int(number)
     if n < 2 or not outer.isfinite().all():
         raise ValueError(f"{n} images: two with finite features are needed")
@@ -150,7 +151,7 @@ def evaluate(model, data, features=None, reference=None, lpips=None, workers=0):
         if features:
             originals.append(features(images))
             decoded.append(features(to_uint8(fake * 2 - 1)))        # what a file of the image would hold
-    add_up(sums)
+    all_reduce(sums)
     scores = dict(zip(measures, (sums / len(data)).tolist()))
     if features:
         found = collect(decoded)
@@ -225,7 +226,7 @@ def linear_probe(model, train, held_out, seed, workers=0, max_images=100_000):
         for kind, x in inputs.items():
             xx[kind] += x.mT @ x
             xy[kind] += x.mT @ y
-    add_up(*xx.values(), *xy.values())
+    all_reduce(*xx.values(), *xy.values())
     solution = {}
     for kind in xx:
         ridge = 1e-3 * xx[kind].diagonal(dim1=1, dim2=2) + 1e-9     # relative to each feature's scale
@@ -234,7 +235,7 @@ def linear_probe(model, train, held_out, seed, workers=0, max_images=100_000):
         for kind, x in inputs.items():
             right = (x @ solution[kind]).argmax(-1) == y.argmax(-1)                     # (T, B)
             hits[kind] += right.double().sum(1)
-    add_up(*hits.values())
+    all_reduce(*hits.values())
     return {f"probe_{kind}_{t}": (count / len(held_out)).item()
             for kind in hits for t, count in zip(PROBE_TIMES, hits[kind])}
 
@@ -248,7 +249,11 @@ def probe_inputs(model, images, places, seed):
     read = {"z": flows}                                             # (B, N, C) each
     if model.config.semantic != "none":
         read["semantic"] = [model.sem_decoders[0](z_t) for z_t in flows]
-    return {kind: F.pad(torch.stack(x).double().mean(2), (0, 1), value=1.0) for kind, x in read.items()}
+    inputs = {}
+    for kind, tokens in read.items():
+        means = torch.stack(tokens).double().mean(2)                # (T, B, D)
+        inputs[kind] = F.pad(means, (0, 1), value=1.0)
+    return inputs
 
 
 # ---------------------------------------------------------------- from images to features
@@ -294,7 +299,7 @@ def extract_data(features, data, batch=64, workers=0):
     found = [features(images) for images, _ in local_batches(data, batch, workers, features.name)]
     if hasattr(data, "bad"):                                        # a replaced image would count twice
         bad = data.bad.double().to(features.device)
-        add_up(bad)
+        all_reduce(bad)
         if bad:
             raise ValueError(f"{int(bad)} unreadable images in {data.root}, named above: remove them")
     return collect(found)
@@ -540,8 +545,9 @@ def measure(features, side, batch=64, workers=0, images=False):
     given = {}
     if "mu" in side:
         kind = side.get("features", features.name)
-        # Networks are known by their hash, or else by their name.
-        if len(side["mu"]) != features.net.width or kind.split()[-1] != features.name.split()[-1]:
+        # Networks are known by their hash, or else by their name: the last word.
+        other_network = kind.split()[-1] != features.name.split()[-1]
+        if other_network or len(side["mu"]) != features.net.width:
             raise ValueError(f"{side['path']}: statistics of {len(side['mu'])} features ({kind}), where "
                              f"{features.name} has {features.net.width}")
         given = {"mu": side["mu"], "sigma": side["sigma"], "n": side.get("n")}

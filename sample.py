@@ -18,10 +18,10 @@ import torch
 
 from dit import decode_normalised, generate, latent_statistics, load_dit, sample_path
 from fid import check_writable
-from tokenizer import (COUNT, GUIDANCE, ImageFolder, atomic, compile_blocks, cores, fingerprint, from_rank_0,
-                       latent_shift, load_tokenizer, local_batches, naming, print_once, progress_bar,
-                       run_script, sample_noise, save_grid, start, this_rank, to_uint8, training_precision,
-                       wait_for_all, weights_hash, world_size)
+from tokenizer import (COUNT, GUIDANCE, ImageFolder, atomic, barrier, compile_blocks, cores, fingerprint,
+                       from_rank_0, latent_shift, load_tokenizer, local_batches, naming, print_once,
+                       progress_bar, run_script, sample_noise, save_grid, start, this_rank, to_uint8,
+                       training_precision, weights_hash, world_size)
 
 
 def parse(argv=None):
@@ -197,7 +197,7 @@ def save_all(path, folder, labels, draw_samples):
             images = draw_samples(chunks[k]).permute(0, 2, 3, 1).numpy()        # NHWC
             with atomic(parts[k]) as f:
                 np.save(f, images)
-    wait_for_all()
+    barrier()
     if this_rank() == 0:
         images = np.concatenate([np.load(part, mmap_mode="r") for part in parts])
         with atomic(path) as f:

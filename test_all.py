@@ -1735,6 +1735,7 @@ def test_a_second_run_in_the_folder_is_refused(toys):
     first.kill()
     first.communicate()
     S1.main(toys.stage1("busy", "--stop_at", 1))
+    refuses("random_weights", S1.main, toys.stage1("busy", "--random_weights"))
     assert {"last.pt", "last.pt.x1y2.tmp"} & set(os.listdir("busy")) == {"last.pt"}
 
 

@@ -255,7 +255,10 @@ class SemanticMLP(nn.Module):
         C = config.channels
         self.N = config.grid ** 2
         self.mask_embedding = nn.Parameter(torch.zeros(1, 1, C))
-        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, teacher_dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(C, 4 * C),
+            nn.GELU(),
+            nn.Linear(4 * C, teacher_dim))
 
     def forward(self, z, visible=None):
         return self.mlp(fill_hidden(z, visible, self.mask_embedding, self.N))
@@ -528,8 +531,10 @@ class DINOBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps)
-        layers = OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width))
-        self.mlp = nn.Sequential(layers)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(width, 4 * width),
+            act=nn.GELU(),
+            fc2=nn.Linear(4 * width, width)))
         self.ls1 = self.ls2 = {"gamma": 1}                          # SigLIP has no layer scale
         if scaled:
             self.ls1 = nn.ParameterDict({"gamma": torch.ones(width)})
@@ -750,7 +755,7 @@ def weight_file(name, weights="weights"):
             free = "; free of its form: --teacher dinov2_vitl14" if "dinov3" in name else ""
             raise OSError(f"could not download {name} ({one_line(error)}{free}); where there is internet:\n"
                           f"    curl -L --create-dirs -o {path} {url}") from error
-    wait_for_all()
+    barrier()
     return path
 
 
@@ -1054,9 +1059,10 @@ class Shapes:
         angle = rng.uniform(-0.35, 0.35)
         ground_angle = rng.uniform(0, 2 * np.pi)
         center = rng.uniform(-0.2, 0.2, (2, 1))
-        # Three saturated colours, from hues on a wheel of six; (3, 1, 1) each.
-        wheel = rng.uniform(0, 6, (3, 1, 1, 1)) + np.array([0, 4, 2])[:, None, None]
-        fill, one_end, other_end = np.clip(np.abs(wheel % 6 - 3) - 1, 0, 1)
+        # Three saturated colours: red, green and blue peak at thirds of the wheel of hues, [0, 6).
+        hues = rng.uniform(0, 6, (3, 1, 1, 1))
+        from_peak = (hues + np.array([0, 4, 2])[:, None, None]) % 6
+        fill, one_end, other_end = np.clip(np.abs(from_peak - 3) - 1, 0, 1)                 # (3, 1, 1) each
         place = (np.arange(self.size) + 0.5) / self.size * 2 - 1                          # of pixels, -1 to 1
 
         # The ground: from one end to the other along a direction.
@@ -1141,7 +1147,7 @@ def this_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def wait_for_all():
+def barrier():
     """Until every process is here."""
     if dist.is_initialized():
         dist.barrier()
@@ -1152,7 +1158,7 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def add_up(*tensors):
+def all_reduce(*tensors):
     """Sums over all processes, in place."""
     if dist.is_initialized():
         for x in tensors:

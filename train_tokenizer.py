@@ -29,13 +29,12 @@ from torch.utils.data import DataLoader
 
 from fid import INCEPTION, Features, open_reference, score_tokenizer
 from tokenizer import RecTok, flow, latent_shift, random_visible, sample_time        # those of the method
-from tokenizer import (COUNT, DINO, POSITIVE, SHARE, SIGNALS, SIZES, TEACHERS, ImageFolder, Normalize, Shapes,
-                       TokenizerConfig, add_up, atomic, compile_blocks, cores, fetch_weights, from_rank_0,
-                       ignore_signals, load_named, load_teacher, load_tokenizer, plot, print_once,
-                       progress_bar, read_tokenizer, read_weights, run_script, sample_noise, save_grid,
-                       seed_of, start, teacher_file, this_rank, time_grid, to_float, to_uint8,
-                       training_precision, wait_for_all, weight_file, world_size)
-
+from tokenizer import (COUNT, DINO, POSITIVE, SHARE, SIGNALS, SIZES, TEACHERS, ImageFolder, Normalize,
+                       Shapes, TokenizerConfig, all_reduce, atomic, barrier, compile_blocks, cores,
+                       fetch_weights, from_rank_0, ignore_signals, load_named, load_teacher,
+                       load_tokenizer, plot, print_once, progress_bar, read_tokenizer, read_weights,
+                       run_script, sample_noise, save_grid, seed_of, start, teacher_file, this_rank,
+                       time_grid, to_float, to_uint8, training_precision, weight_file, world_size)
 
 
 # ---------------------------------------------------------------- the method; the rest serves it
@@ -188,7 +187,9 @@ def semantic_loss(pred, target, kind="cosine"):
 def hinge_loss(real, fake):
     """Of the discriminator's logits, which should be above 1 for real images and below -1 for fake ones:
     half of mean relu(1 - D(real)) + mean relu(1 + D(fake))."""
-    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
+    on_real = F.relu(1 - real.float()).mean()
+    on_fake = F.relu(1 + fake.float()).mean()
+    return 0.5 * (on_real + on_fake)
 
 
 def lr_at(fraction, peak, warmup=0.25):
@@ -469,7 +470,7 @@ def optimizer_for(model, lr):
 def average_gradients(net):
     """Over processes. DDP does it for the tokenizer, while backward runs; the discriminator is small."""
     for p in net.parameters():
-        add_up(p.grad)
+        all_reduce(p.grad)
         p.grad /= world_size()
 
 
@@ -513,7 +514,7 @@ def make_tiny_teacher(args, size):
             shutil.copy(given, path)
         elif "tiny" in (args.teacher, args.features):
             fit_teacher(path, size)
-    wait_for_all()
+    barrier()
 
 
 def fit_teacher(path, size, steps=400, batch=64, seed=0):
@@ -578,15 +579,17 @@ class LPIPS(nn.Module):
 
     def __init__(self, weights="weights"):
         super().__init__()
-        layers, before = [], 3
-        for width, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        layers = []
+        before = 3                                                  # channels
+        widths = (64, 128, 256, 512, 512)
+        for width, convolutions in zip(widths, (2, 2, 3, 3, 3)):
             if layers:
                 layers.append(nn.MaxPool2d(2))
             for _ in range(convolutions):
                 layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(inplace=True)]
                 before = width
         self.features = nn.Sequential(*layers)                      # torchvision's numbers, up to relu5_3
-        self.heads = nn.ParameterList(torch.rand(1, c, 1, 1) / c for c in (64, 128, 256, 512, 512))
+        self.heads = nn.ParameterList(torch.rand(1, width, 1, 1) / width for width in widths)
         if weights != "random":
             path = weight_file(VGG16, weights)
             vgg = {n.removeprefix("features."): w for n, w in read_weights(path).items()
@@ -916,7 +919,7 @@ class Run:
     def all_sums(self):
         """The sums over all processes, by name."""
         totals = {name: self.sums[name].clone() for name in sorted(self.sums)}      # one order everywhere
-        add_up(*totals.values())
+        all_reduce(*totals.values())
         return totals
 
     def log(self, row):
@@ -947,7 +950,11 @@ def curves(out):
         for name in sorted(row.keys() - {"step", "epoch"}):
             if math.isfinite(row[name]):
                 columns.setdefault(name, []).append((row["step"], row[name]))
-    panels = {name: {"": line} for name, line in columns.items() if len({y for _, y in line}) > 1}
+    panels = {}
+    for name, line in columns.items():
+        values = {value for _, value in line}
+        if len(values) > 1:
+            panels[name] = {"": line}
     if panels:
         plot(f"{out}/curves.png", panels)
 
@@ -989,7 +996,9 @@ def resume(args, data):
         if not {"step", "args", "optimizer", "classes"} <= file.keys():
             raise ValueError(f"{path} does not hold all that is needed to go on: use its weights with --init")
         before = file["args"] | {"images": file["images"], "classes": file["classes"]}
-        now = vars(args) | {"images": len(data), "classes": list(data.classes)}
+        before.setdefault("random_weights", before["weights"] == "random")      # the folder itself may differ
+        now = vars(args) | {"images": len(data), "classes": list(data.classes),
+                            "random_weights": args.weights == "random"}
         changed = [k for k in now if before.get(k, now[k]) != now[k]]
         wrong = [f"{k}: was {before[k]}, now {now[k]}"[:200] for k in changed if k not in MAY_DIFFER]
         if wrong:
