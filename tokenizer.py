@@ -1102,25 +1102,29 @@ def plot(path, panels, columns=5, width=230, height=150):
     """{title: {label: [(x, y), ...]}} -> a picture of small charts, with the range of each axis."""
     picture = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
     draw = ImageDraw.Draw(picture)
-    colors = ["steelblue", "crimson", "seagreen", "darkorange", "purple", "black"]
+    labels = dict.fromkeys(label for lines in panels.values() for label in lines)       # each has a colour
+    colors = dict(zip(labels, ("steelblue", "crimson", "seagreen", "darkorange", "purple", "black")))
     for number, (title, lines) in enumerate(panels.items()):
-        left, top = number % columns * width + 10, number // columns * height + 32
-        right, bottom = left + width - 20, top + height - 40
+        left, top = number % columns * width + 15, number // columns * height + 32
+        right, bottom = left + width - 30, top + height - 47
         x, y = np.concatenate(list(lines.values())).T
         draw.rectangle((left, top, right, bottom), outline="lightgrey")
         text = f"{title}\n{y.min():.3g} to {y.max():.3g}, over {x.min():g} to {x.max():g}"
         draw.text((left, top - 28), text, "black")
         end = right
-        for k, (label, line) in enumerate(lines.items()):
+        for label, line in lines.items():
             line_x, line_y = np.array(line).T
             places = [*zip(np.interp(line_x, (x.min(), x.max()), (left, right)),
                            np.interp(line_y, (y.min(), y.max()), (bottom, top)))]
-            draw.line(places, colors[k], 2)
-            draw.text((end, top - 15), label, colors[k], anchor="ra")
+            draw.line(places, colors[label], 2)
+            draw.text((end, top - 15), label, colors[label], anchor="ra")
             end -= draw.textlength(label) + 10
             if len(places) < 20:                                    # scores: dots
                 for place in places:
-                    draw.circle(place, 3, colors[k])
+                    draw.circle(place, 3, colors[label])
+        for value in set(x) if len(set(x)) < 10 else ():
+            place = np.interp(value, (x.min(), x.max()), (left, right))
+            draw.text((place, bottom + 4), f"{value:g}", "grey", anchor="ma")
     picture.save(path)
 
 

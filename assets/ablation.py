@@ -97,7 +97,7 @@ def with_range(x, values):
 
 def charts():
     """What a linear classifier reads along the flow; reconstruction and generation by channels."""
-    labels = {"baseline": "baseline", "latent": "clean latents", "fsd": "+ FSD", "rad": "+ RAD"}
+    labels = {"baseline": "baseline", "latent": "clean latents", "fsd": "+ FSD", "rad": "RecTok"}
     panels = {}
     for kind, title in (("z", "linear probe on z_t, % right, over t"),
                         ("normalised", "the same, z normalised as for the DiT")):
@@ -111,7 +111,8 @@ def charts():
         panels[title] = {}
         for label, names in (("baseline", {4: "baseline4", 16: "baseline", 32: "baseline32", 64: "baseline64"}),
                              ("RecTok", {4: "rad4", 16: "rad", 32: "rad32", 64: "rad64"}),
-                             ("fine-tuned", {16: "ft"}), ("clean latents", {16: "latent"})):
+                             ("RecTok, fine-tuned", {16: "ft"}), ("clean latents", {16: "latent"}),
+                             ("the same, fine-tuned", {16: "latent_ft"})):
             panels[title][label] = []
             for channels, name in names.items():
                 panels[title][label] += with_range(channels, [seed[column] for seed in seeds_of(name)])
