@@ -287,9 +287,9 @@ def load_dit(path, config=None, ema=True):
             fresh[-1] = state[table][-1]
             state[table] = fresh
     model = load_named(model, state, path).eval()
-    ours = {"fingerprint", "latent_mean", "latent_std", "args"} <= file.keys()
-    model.extras = ({k: v for k, v in file.items() if k not in ("model", "model_ema", "optimizer")}
-                    if ours else {})
+    model.extras = {}
+    if "latent_mean" in file:                                       # ours
+        model.extras = {k: v for k, v in file.items() if k not in ("model", "model_ema", "optimizer")}
     return model
 
 

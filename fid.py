@@ -4,16 +4,17 @@
     python fid.py folder/ other_folder/ --json                         # any two folders of images
     python fid.py --save_stats val256.npz data/imagenet/val --image_size 256     # a reference of your own
     torchrun --nproc_per_node=8 fid.py samples.npz reference.npz       # the same numbers, sooner
-    python fid.py samples.npz reference/ --features dinov2_vitl14      # FD-DINOv2
+    python fid.py samples.npz reference/ --features dinov2_vitl14      # FD on DINOv2's features
 
 Conventions: torch-fidelity's. A score means nothing without its reference, N and features, so they are
-always printed beside it.
+always printed beside it. Each process holds an npz of images in memory.
 """
 import argparse
 import contextlib
 import json
 import math
 import os
+import warnings
 from collections import defaultdict
 
 import numpy as np
@@ -73,7 +74,7 @@ def exact_float32():
         torch.set_float32_matmul_precision(before)
 
 
-@exact_float32()                                    # a distance decides which ball is hit
+@exact_float32()                                    # TF32 would move samples across the edge of a ball
 def precision_recall(real, fake, k=3, block=2000):
     """Kynkaanniemi et al. 2019, on features (N, D), (M, D), both more than k rows -> precision: the share of
     fakes inside the reals' k-NN balls; recall: the reverse. Blockwise: never all distances at once."""
@@ -105,8 +106,8 @@ def moments(features):
     if n < 2 or not outer.isfinite().all():
         raise ValueError(f"{n} images: two with finite features are needed")
     if n < width:
-        print_once(f"warning: {n} images for {width} features: the covariance is singular and the Frechet "
-                   "distance biased upwards; use more images")
+        warnings.warn(f"{n} images for {width} features: the covariance is singular and the Frechet distance "
+                      "biased upwards; use more images")
     mu = total / n
     sigma = (outer - n * torch.outer(mu, mu)) / (n - 1)             # unbiased, as np.cov
     return {"mu": mu.cpu().numpy(), "sigma": sigma.cpu().numpy(), "n": n}
@@ -272,7 +273,7 @@ class Features:
             self.name = f"{os.path.basename(name)} {weights_hash(self.net)[:8]}"
             self.head = read_weights(name).get("head")
         if weights == "random":
-            print_once(f"warning: {name} with RANDOM weights: its scores mean nothing")
+            warnings.warn(f"{name} with RANDOM weights: its scores mean nothing")
             self.name += " (RANDOM)"
 
     @exact_float32()
@@ -301,7 +302,7 @@ def extract_data(features, data, batch=64, workers=0):
         bad = data.bad.double().to(features.device)
         all_reduce(bad)
         if bad:
-            raise ValueError(f"{int(bad)} unreadable images in {data.root}, named above: remove them")
+            raise ValueError(f"unreadable images in {data.root}, named above: remove them")
     return collect(found)
 
 
@@ -379,7 +380,8 @@ def pooled(name, block, x):
 
 
 def branches(block, x):
-    """The other branches: names of a common stem form a chain, and a chain may end in a fork (_2a, _2b)."""
+    """The other branches. Names of a common stem form a chain, which may end in a fork: branch3x3_1, _2a, _2b
+    of 7b are a chain of one, then a fork of two; branch1x1 is a chain of its own."""
     chains = {}
     for name in block:
         if name != "branch_pool":
@@ -565,7 +567,8 @@ def open_reference(path, features, image_size, workers=0):
     if path is None:
         return None
     side = {"images": Shapes(image_size, 1024, seed=1)} if path == "shapes" else read(path, image_size)
-    return measure(features, side, workers=workers) | {"name": path}
+    found = measure(features, side, workers=workers)
+    return {k: found[k] for k in ("mu", "sigma", "n")} | {"name": path}         # not the features themselves
 
 
 def compare(features, samples, reference, batch=64, workers=0):
@@ -585,7 +588,7 @@ def compare(features, samples, reference, batch=64, workers=0):
     # Another size is another task, but the user may mean it.
     size, reference_size = samples["image_size"], reference["image_size"]
     if size and reference_size and size != reference_size:
-        print_once(f"warning: images of {size} px against {reference_size} px")
+        warnings.warn(f"images of {size} px against {reference_size} px")
     return scores | {"n": one["n"], "n_reference": other["n"], "features": features.name}
 
 
@@ -631,7 +634,7 @@ def main(argv=None):
             with atomic(target) as f:
                 np.savez(f, mu=found["mu"], sigma=found["sigma"], n=found["n"], image_size=size,
                          features=features.name)
-        print_once(f"wrote {target}: {found['n']} images of {size} px, {args.features} features")
+        print_once(f"wrote {target}: {found['n']} images of {size} px, {features.name} features")
         return
     reference = read(args.reference, args.image_size)
     features = Features(args.features, args.weights, device)

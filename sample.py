@@ -18,7 +18,7 @@ import torch
 
 from dit import decode_normalised, generate, latent_statistics, load_dit, sample_path
 from fid import check_writable
-from tokenizer import (COUNT, GUIDANCE, ImageFolder, atomic, barrier, compile_blocks, cores, fingerprint,
+from tokenizer import (COUNT, GUIDANCE, SEED, ImageFolder, atomic, barrier, compile_blocks, cores, fingerprint,
                        from_rank_0, latent_shift, load_tokenizer, local_batches, naming, print_once,
                        progress_bar, run_script, sample_noise, save_grid, start, this_rank, to_uint8,
                        training_precision, weights_hash, world_size)
@@ -38,8 +38,8 @@ def parse(argv=None):
     add("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="guided range of t")
     add("--steps", type=COUNT, default=49, help="grid intervals: the authors' 50 points are 49, 150 are 149")
     add("--solver", default="euler", choices=["euler", "heun"], help="heun: order 2, two evaluations a step")
-    add("--seed", type=int, default=0, help="of the starting noise")
-    add("--batch", type=COUNT, default=64, help="samples at a time")
+    add("--seed", type=SEED, default=0, help="of the starting noise")
+    add("--batch", type=COUNT, default=64, help="samples at a time; with --save at most 128")
     add("--out", default="grid.png", help="the picture")
     either = p.add_mutually_exclusive_group().add_argument
     either("--save", metavar="FILE.npz", help="instead: ADM's layout, arr_0 (uint8 NHWC) and labels")
@@ -50,6 +50,8 @@ def parse(argv=None):
     args = p.parse_args(argv)
     if not 0 <= args.interval[0] < args.interval[1] <= 1:
         p.error(f"--interval {args.interval}: need 0 <= LO < HI <= 1")
+    if args.guide and args.cfg == 1:
+        p.error("--guide needs a --cfg above 1")
     return args
 
 
@@ -91,8 +93,8 @@ def main(argv=None):
 
     if args.save:
         nets = [net for net in (model, guide, tokenizer) if net is not None]
-        recipe |= {"batch": "any", "weights": weights_hash(*nets)}
-        mark = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]      # of another recipe: another
+        recipe |= {"batch": "any", "weights": weights_hash(*nets), "stats": [x.tolist() for x in stats]}
+        mark = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]      # another recipe, another folder
         compile_blocks(device, args.no_compile, *nets)
         save_all(args.save, f"{args.save}.{mark}.parts", labels, draw_samples)
     elif rank == 0 and args.trajectory:
@@ -133,7 +135,8 @@ def open_networks(args, device):
         if not all(fits) or len(latents) > 1:
             raise ValueError(f"--guide {args.guide} was trained on other latents or classes than {args.dit}")
     # Where the DiT's own folder says, which may have moved together with the tokenizer's.
-    path = args.tokenizer or os.path.join(os.path.dirname(args.dit), extras.get("tokenizer", ""))
+    beside = os.path.join(os.path.dirname(args.dit), extras.get("tokenizer", ""))
+    path = args.tokenizer or os.path.normpath(beside)               # `..` as written, whatever is a link
     try:
         tokenizer = load_tokenizer(path).to(device)
     except FileNotFoundError as error:

@@ -75,8 +75,8 @@ def flow(z, noise, t):
 def time_grid(steps, shift, device=None):
     """The sampler's times (steps + 1,), from noise to data: u from 1 to 0 through the same law.
 
-    Raises ValueError where the law does not rise from noise to data. Both trainers ask at their start: a
-    sampler could not begin where such training ends.
+    Raises ValueError where the law does not rise from noise to data. Both trainers call it at their start:
+    such a law could be trained, but not sampled.
     """
     times = sample_time(steps + 1, shift, torch.linspace(1, 0, steps + 1, device=device))
     ends = abs(times[0]) < 1e-6 and abs(times[-1] - 1) < 1e-6
@@ -796,7 +796,8 @@ def read_weights(path):
         if path.endswith(".safetensors"):
             return read_safetensors(path)
         try:
-            file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            mapped = os.name != "nt" and zipfile.is_zipfile(path)   # Windows cannot replace a mapped file
+            file = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:                     # torch's text advises to run the code
             code = re.search(r"GLOBAL ([\w.]+)", str(error))
             raise ValueError(code[1] if code else "no tensors found") from None
@@ -876,7 +877,7 @@ def atomic(path):
     except (OSError, RuntimeError) as error:
         cause = error
         if isinstance(error, RuntimeError):                         # torch speaks of positions in the file
-            cause = "the disk is full, or a quota or a size limit is reached"
+            cause = f"is the disk full, or a quota or a size limit reached? ({type(error).__name__})"
         raise OSError(f"could not write {path}: {cause}; what was there before still is") from error
     finally:
         with contextlib.suppress(OSError):
@@ -1105,8 +1106,8 @@ def plot(path, panels, columns=5, width=230, height=150):
     labels = dict.fromkeys(label for lines in panels.values() for label in lines)       # each has a colour
     colors = dict(zip(labels, ("steelblue", "crimson", "seagreen", "darkorange", "purple", "black")))
     for number, (title, lines) in enumerate(panels.items()):
-        left, top = number % columns * width + 15, number // columns * height + 32
-        right, bottom = left + width - 30, top + height - 47
+        left, top = number % columns * width + 10, number // columns * height + 32
+        right, bottom = left + width - 20, top + height - 40
         x, y = np.concatenate(list(lines.values())).T
         draw.rectangle((left, top, right, bottom), outline="lightgrey")
         text = f"{title}\n{y.min():.3g} to {y.max():.3g}, over {x.min():g} to {x.max():g}"
@@ -1122,9 +1123,6 @@ def plot(path, panels, columns=5, width=230, height=150):
             if len(places) < 20:                                    # scores: dots
                 for place in places:
                     draw.circle(place, 3, colors[label])
-        for value in set(x) if len(set(x)) < 10 else ():
-            place = np.interp(value, (x.min(), x.max()), (left, right))
-            draw.text((place, bottom + 4), f"{value:g}", "grey", anchor="ma")
     picture.save(path)
 
 
@@ -1141,6 +1139,8 @@ def start():
         torch.set_float32_matmul_precision("high")                  # TF32 where nothing says otherwise
         torch.backends.cudnn.benchmark = True                       # input sizes hardly change
         options["device_id"] = device
+    if sys.platform == "linux":                                     # not Python 3.14's default: a forked loader
+        multiprocessing.set_start_method("fork", force=True)        # shares the data, and outlives a signal
     if world > 1 and not dist.is_initialized():
         # An hour: all others wait while rank 0 writes a checkpoint or scores.
         dist.init_process_group("nccl" if options else "gloo", timeout=timedelta(hours=1), **options)
@@ -1200,16 +1200,17 @@ WAYS_OUT = {  # of what a machine does not grant: words of the error, and what t
 def run_script(main):
     """Runs a script's main, and ends the process whatever happens: status 0, or 1 and the error.
 
-    A user's mistake, or a limit of the machine, is one line; anything else is a traceback. (argparse leaves
-    by itself.)
+    Also 1 where main returns True, stopped by a signal: what a shell chains to it shall not begin. A user's
+    mistake, or a limit of the machine, is one line and its place; anything else is a traceback. (argparse
+    leaves by itself.)
     """
     status = 1
     try:
-        main()
+        stopped = main()
         if dist.is_initialized():
             dist.barrier()                                          # nobody leaves while others still talk
             dist.destroy_process_group()
-        status = 0
+        status = 1 if stopped else 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     except Exception as error:
@@ -1217,7 +1218,9 @@ def run_script(main):
         if ways:
             print(f"\n{one_line(error)}; {ways[0]}", file=sys.stderr)
         elif isinstance(error, (ValueError, OSError, FloatingPointError)):
-            print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+            places = [f"{os.path.basename(frame.filename)}:{frame.lineno}"
+                      for frame in traceback.extract_tb(error.__traceback__)]
+            print(f"\n{' > '.join(places)}\n{type(error).__name__}: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
     end_loaders()
@@ -1264,6 +1267,7 @@ def within(low, high, kind=float):
 COUNT = within(1, math.inf, int)
 POSITIVE = within(1e-12, 1e12)
 SHARE = within(0, 0.999999)                                         # of something; 1 would be all of it
+SEED = within(0, 2 ** 32, int)
 GUIDANCE = within(1, 1e6)
 
 
@@ -1303,7 +1307,7 @@ def sample_noise(seed, indices, N, C):
 
 
 def training_precision(device, float32=False):
-    """The autocast of the networks: bf16 on CUDA, or there with float32 none."""
+    """Autocast to bf16 on CUDA, unless `float32`; elsewhere none."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and not float32)
 
 

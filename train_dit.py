@@ -7,6 +7,7 @@
 Running the same command again goes on from --out/last.pt. The published figures at 80 and 600 epochs are
 snapshots of one 800-epoch schedule: do not set --epochs but --stop_at.
 """
+import math
 import os
 from copy import deepcopy
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from fid import collect, frechet, in_order, inception_scores
 from tokenizer import (COUNT, GUIDANCE, POSITIVE, SHARE, compile_blocks, fingerprint, load_tokenizer,
                        local_batches, print_once, progress_bar, run_script,
                        save_grid, seed_of, start, this_rank, to_float, to_uint8,
-                       training_precision, world_size)
+                       training_precision, within, world_size)
 from train_tokenizer import (Run, data_parallel, flow_shift, given_flags, load_batches, open_data,
                              open_features, run_parser, split_batch, step_at, update_ema)
 
@@ -62,7 +63,6 @@ TINY = dict(data="shapes", size="nano", shift="2", steps=1000, batch=32, lr=4e-3
 
 def parse(argv=None):
     p = run_parser(__doc__, "train_dit.py --data my_images --tokenizer RecTok.pth --size S --steps 50000")
-    p.set_defaults(out="out/dit", epochs=800.0, ema=0.9995, eval_every=50000)
     add = p.add_argument_group("stage 2").add_argument
     add("--tokenizer", default="out/tokenizer/last.pt",
         help="of stage 1 or 1b, or the authors' RecTok.pth")
@@ -75,13 +75,20 @@ def parse(argv=None):
         help="constant for 5 %% of training, then linear to a tenth; whatever --batch")
     add("--sample_every", type=COUNT, default=5000,
         help="steps between EMA sample grids, from the same noise")
-    add("--eval_num", type=COUNT, default=50000, help="samples of a score")
+    add("--eval_num", type=within(2, math.inf, int), default=50000, help="samples of a score")
     add("--cfg", type=GUIDANCE, default=1.0,
         help="guidance of those samples; above 1, scores with and without")
     add("--sample_steps", type=COUNT, default=49, help="Euler steps of those samples")
-    if given_flags(p, argv).tiny:
+    given = given_flags(p, argv)
+    p.set_defaults(out="out/dit", epochs=800.0, ema=0.9995, eval_every=50000)
+    if given.tiny:
         p.set_defaults(**TINY)
-    return p.parse_args(argv)
+    if given.epochs:
+        p.set_defaults(steps=None)
+    args = p.parse_args(argv)
+    if args.reference == "shapes" != args.data:                     # --tiny on images of the user
+        args.reference = None
+    return args
 
 
 # ---------------------------------------------------------------- main
@@ -95,12 +102,8 @@ def main(argv=None):
     tokenizer = load_tokenizer(args.tokenizer).to(device).requires_grad_(False)
     shape = tokenizer.config
     shift = flow_shift(args, shape)
-    mark = fingerprint(tokenizer)
-    data, unflipped, _ = open_data(args, shape.image_size)
-    run = Run(args, data, device)
-    if run.checkpoint and run.checkpoint["fingerprint"] != mark:
-        raise ValueError(f"{args.out} was trained on the latents of another tokenizer than {args.tokenizer} "
-                         f"(fingerprint {run.checkpoint['fingerprint'][:8]}, now {mark[:8]})")
+    data, unflipped = open_data(args, shape.image_size)
+    run = Run(args, data, device, fingerprint(tokenizer))
     if run.first >= run.last:
         print_once(f"{args.out} is at step {run.first} of {run.steps}: nothing to do")
         return
@@ -113,32 +116,32 @@ def main(argv=None):
     torch.manual_seed(args.seed)                                    # whatever was drawn before
     if args.init and not run.checkpoint:
         model = load_dit(args.init, config, ema=False).to(device)
-        ema = load_dit(args.init, config).to(device)
     else:
         model = DiT(config).to(device)
-        ema = deepcopy(model)
-    ema.requires_grad_(False)
+    ema = deepcopy(model).requires_grad_(False)
     model.grad_checkpoint = args.grad_checkpoint
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
     features, reference = None, None
     if args.reference:
-        features, reference = open_features(args, args.tokenizer, device, shape.image_size)
+        features, reference = open_features(args, os.path.dirname(args.tokenizer), device,
+                                            shape.image_size)
     if reference is None:
-        print_once("no scores of samples: --reference (a folder of images, or an npz) gives them")
+        print_once("no scores of samples: they need --reference (a folder of images, or an npz), --features")
     if run.checkpoint:
         stats = run.checkpoint["latent_mean"].to(device), run.checkpoint["latent_std"].to(device)
     else:
         stats = latent_statistics(tokenizer, local_batches(unflipped, 64, args.workers, "latent statistics"))
     run.load(model=model, model_ema=ema, optimizer=optimizer)
-    run.announce(model, f"shift {shift:.3f}")
+    run.announce(model, shift)
     compile_blocks(device, args.no_compile, model, ema, tokenizer.encoder)
     net = data_parallel(model)
     precision = training_precision(device, args.float32)
 
     # The picture: one class a column, the same noise every time
     columns = min(8, config.num_classes)
-    shown = torch.arange(8 * columns, device=device) % columns * (config.num_classes // columns)
+    spread = torch.arange(columns, device=device) * config.num_classes // columns       # over all classes
+    shown = spread.repeat(8)
 
     def draw_samples(indices, y, cfg=args.cfg):
         return to_uint8(generate(ema, tokenizer, stats, args.seed, indices, y, precision,
@@ -173,7 +176,7 @@ def main(argv=None):
         if run.saving:
             state = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config),
                      "latent_mean": stats[0].cpu(), "latent_std": stats[1].cpu(),
-                     "tokenizer": os.path.relpath(args.tokenizer, args.out), "fingerprint": mark}
+                     "tokenizer": os.path.relpath(args.tokenizer, args.out)}
             run.save(done, state, {"optimizer": optimizer.state_dict()})
         if rank == 0 and (done % args.sample_every == 0 or done == run.last) and not run.leave:
             images = draw_samples(range(len(shown)), shown)
@@ -192,6 +195,7 @@ def main(argv=None):
         if run.leave:
             break
     bar.close()
+    return run.leave
 
 
 def score_samples(draw_samples, cfg, total, num_classes, features, reference):

@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader
 
 from fid import INCEPTION, Features, open_reference, score_tokenizer
 from tokenizer import RecTok, flow, latent_shift, random_visible, sample_time        # those of the method
-from tokenizer import (COUNT, DINO, POSITIVE, SHARE, SIGNALS, SIZES, TEACHERS, ImageFolder, Normalize,
+from tokenizer import (COUNT, DINO, POSITIVE, SEED, SHARE, SIGNALS, SIZES, TEACHERS, ImageFolder, Normalize,
                        Shapes, TokenizerConfig, all_reduce, atomic, barrier, compile_blocks, cores,
-                       fetch_weights, from_rank_0, ignore_signals, load_named, load_teacher,
+                       fetch_weights, fingerprint, from_rank_0, ignore_signals, load_named, load_teacher,
                        load_tokenizer, plot, print_once, progress_bar, read_tokenizer, read_weights,
                        run_script, sample_noise, save_grid, seed_of, start, teacher_file, this_rank,
-                       time_grid, to_float, to_uint8, training_precision, weight_file, world_size)
+                       time_grid, to_float, to_uint8, training_precision, weight_file, within, world_size)
 
 
 # ---------------------------------------------------------------- the method; the rest serves it
@@ -215,10 +215,10 @@ TINY_FINETUNE = dict(steps=400, lr=2e-3, noise_warmup=0.0)
 
 def parse(argv=None):
     p = run_parser(__doc__, "train_tokenizer.py --data my_images --batch 256 --steps 50000")
-    p.set_defaults(out="out/tokenizer", epochs=200.0, ema=0.999, eval_every=12500)
     add_model_flags(p)
     add_method_flags(p)
     given = given_flags(p, argv)
+    p.set_defaults(out="out/tokenizer", epochs=200.0, ema=0.999, eval_every=12500)
     if given.tiny:
         p.set_defaults(**TINY)
     if given.finetune_decoder or given.eval_only:
@@ -227,13 +227,17 @@ def parse(argv=None):
         p.set_defaults(out="out/tokenizer_ft")
         if given.tiny:
             p.set_defaults(**TINY_FINETUNE)
+    if given.epochs:
+        p.set_defaults(steps=None)
     args = p.parse_args(argv)
     if args.mask_min > args.mask_max:
         p.error(f"--mask_min {args.mask_min} is above --mask_max {args.mask_max}")
     if args.target == "hidden" and args.mask_max == 0:
         p.error("--target hidden with --mask_max 0: no patch is ever hidden")
-    if args.finetune_decoder and (args.init or args.distill != "none"):
-        p.error("--finetune_decoder trains a checkpoint's pixel decoder alone: no --init, no --distill")
+    if args.finetune_decoder and (args.init or args.eval_only or args.distill != "none"):
+        p.error("--finetune_decoder trains a checkpoint's decoder alone: no --init, --eval_only, --distill")
+    if args.random_weights:
+        args.weights = "random"
     return args
 
 
@@ -250,8 +254,7 @@ def add_model_flags(p):
     add("--semantic", default="tiny", choices=[*SIZES, "mlp", "none"], help="the semantic decoder")
     add("--gan_width", type=COUNT, default=64, help="base channels of the discriminator")
     add("--teacher", default="dinov3_vitl16", help="VFM, or several: dinov3_vitl16,dinov2_vitl14")
-    add("--random_weights", action="store_const", dest="weights", const="random",
-        help="random VFM and perceptual nets: timing and tests only")
+    add("--random_weights", action="store_true", help="random VFM and perceptual nets: timing, tests only")
 
 
 def add_method_flags(p):
@@ -261,7 +264,7 @@ def add_method_flags(p):
     add("--semantic_loss", default="cosine", choices=["cosine", "l1", "l2"], help="distance to VFM features")
     add("--decode", default="noisy", choices=["noisy", "clean"], help="the pixel decoder's input: z_t or z")
     add("--schedule", default="shift", choices=["shift", "uniform", "lognormal"], help="law of t")
-    add("--gamma", type=float, default=1.0, help="std of the noise; 0: no flow at all")
+    add("--gamma", type=within(0, 1e6), default=1.0, help="std of the noise; 0: no flow at all")
     add("--noise_warmup", type=SHARE, default=0.0,
         help="the noise level 1 - t grows from 0 over this share of training (ours, not the paper's)")
     add("--mask_min", type=float, default=-0.1, help="hidden share = max(0, U(mask_min, mask_max)): often 0")
@@ -289,12 +292,14 @@ def main(argv=None):
     shift = flow_shift(args, config)
     if args.w_gan and config.image_size < 24 and not args.eval_only:
         raise ValueError(f"the discriminator needs 24 px, not {config.image_size}: --w_gan 0 switches it off")
-    data, unflipped, held_out = open_data(args, config.image_size)
+    data, unflipped = open_data(args, config.image_size)
+    held_out = open_held_out(args, config.image_size, unflipped)
     if args.eval_only:
         evaluate_only(args, config, unflipped, held_out, device)
         return
     micro_batch, accumulate = split_batch(args)
-    run = Run(args, data, device)
+    mark = fingerprint(load_tokenizer(args.finetune_decoder)) if args.finetune_decoder else None
+    run = Run(args, data, device, mark)
     if run.first >= run.last:
         print_once(f"{args.out} is at step {run.first} of {run.steps}: nothing to do")
         return
@@ -309,7 +314,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)                                    # whatever was drawn before
     teachers = open_teachers(args, device)
     perceptual = PerceptualLoss(args.weights).to(device) if args.w_perceptual else None
-    features, reference = open_features(args, f"{args.out}/last.pt", device, config.image_size)
+    features, reference = open_features(args, args.out, device, config.image_size)
     model, ema = open_tokenizers(args, config, teachers, device, init=None if run.checkpoint else args.init)
     config = model.config
     discriminator = PatchGAN(args.gan_width).to(device)
@@ -318,7 +323,7 @@ def main(argv=None):
     d_optimizer = optimizer_for(discriminator, peak_lr)
     run.load(model=model, model_ema=ema, discriminator=discriminator, optimizer=optimizer,
              d_optimizer=d_optimizer)
-    run.announce(model, f"shift {shift:.3f}")
+    run.announce(model, shift)
     objective = data_parallel(Objective(model, args, shift))
     compile_blocks(device, args.no_compile, model, *teachers)
     if perceptual is not None:
@@ -380,6 +385,7 @@ def main(argv=None):
         if run.leave:
             break
     bar.close()
+    return run.leave
 
 
 def tokenizer_config(args):
@@ -398,27 +404,33 @@ def tokenizer_config(args):
     return replace(config, image_size=args.image_size or config.image_size)
 
 
+def open_held_out(args, size, unflipped):
+    """Images to score on: those of --val, or of a folder `val` beside --data; else the training images."""
+    if args.data == "shapes":
+        return Shapes(size, 1024, seed=1)
+    val = args.val
+    beside = os.path.join(os.path.dirname(os.path.abspath(args.data)), "val")
+    if val is None and os.path.isdir(beside) and not os.path.samefile(beside, args.data):
+        val = beside
+    return ImageFolder(val, size) if val else unflipped
+
+
 def open_tokenizers(args, config, teachers, device, init):
-    """-> the tokenizer to train, and its EMA."""
+    """-> the tokenizer to train, from the raw weights of a checkpoint where one is given, and its EMA."""
     source = args.finetune_decoder or init
     if not args.finetune_decoder:
         config = replace(config, teacher_dim=tuple(teacher.width for teacher in teachers) or 1024)
     torch.manual_seed(args.seed)
-    if source:
-        model = load_tokenizer(source, config, ema=False)
-        ema = load_tokenizer(source, config)
-    else:
-        model = RecTok(config)
-        ema = deepcopy(model)
+    model = load_tokenizer(source, config, ema=False) if source else RecTok(config)
     if args.finetune_decoder:
-        # The decoders learn on the latents that this run ships, and the DiT will read: of the EMA encoder.
-        model.encoder.load_state_dict(ema.encoder.state_dict())
-        model.encoder.requires_grad_(False)
-    return model.to(device), ema.to(device).requires_grad_(False)
+        # The decoder learns on the latents that this run ships, and the DiT will read: of the EMA encoder.
+        model.encoder = load_tokenizer(source, config).encoder.requires_grad_(False)
+    ema = deepcopy(model).requires_grad_(False)
+    return model.to(device), ema.to(device)
 
 
 def published_files(args):
-    """The names of all that this run needs of them."""
+    """The file names of the published weights that this run needs."""
     names = (*teacher_names(args), args.features)
     files = [teacher_file(name, args.weights) for name in names if name in TEACHERS]
     if args.features == "inception":
@@ -447,13 +459,13 @@ def open_teachers(args, device):
     return teachers
 
 
-def open_features(args, checkpoint, device, image_size):
-    """-> the network of FID: Inception, or a teacher (then it is FD; "tiny": teacher.pt beside a checkpoint),
+def open_features(args, folder, device, image_size):
+    """-> the network of FID: Inception, or a teacher (then it is FD; "tiny": the teacher.pt of a run folder),
     and its statistics of --reference; None for what is not asked for."""
     if args.features == "none":
         return None, None
-    beside = os.path.join(os.path.dirname(checkpoint), "teacher.pt")
-    features = Features(beside if args.features == "tiny" else args.features, args.weights, device)
+    name = os.path.join(folder, "teacher.pt") if args.features == "tiny" else args.features
+    features = Features(name, args.weights, device)
     return features, open_reference(args.reference, features, image_size, args.workers)
 
 
@@ -478,7 +490,7 @@ def evaluate_only(args, config, unflipped, held_out, device):
     """The scores of a checkpoint, and a picture."""
     model = load_tokenizer(args.eval_only, config).to(device)
     lpips = LPIPS(args.weights).to(device) if args.w_perceptual else None
-    features, reference = open_features(args, args.eval_only, device, config.image_size)
+    features, reference = open_features(args, os.path.dirname(args.eval_only), device, config.image_size)
     score_tokenizer(model, unflipped, held_out, args.eval_only, features, reference, lpips, args.seed,
                     args.workers)
     path = f"{args.out}/eval.png"
@@ -702,7 +714,7 @@ def run_parser(doc, example):
     add("--out", help="run folder; the same command again goes on from its last.pt")
     add("--init", metavar="CKPT",
         help="start from the weights of this checkpoint, ours or the authors'")
-    add("--seed", type=int, default=0, help="of the weights, the data order and every draw")
+    add("--seed", type=SEED, default=0, help="of the weights, the data order and every draw")
     add("--epochs", type=POSITIVE, help="length of the schedule")
     add("--steps", type=COUNT, help="the same in steps, instead of --epochs")
     add("--stop_at", type=COUNT, help="leave after this step; the same command without it goes on")
@@ -722,12 +734,13 @@ def run_parser(doc, example):
     add("--workers", type=int, default=cores(), help="loader processes of each process")
     add("--no_compile", action="store_true", help="no torch.compile (on CUDA it is on)")
     add("--float32", action="store_true",
-        help="no bf16 on CUDA (cards before Ampere)")
+        help="train without bf16 on CUDA: in TF32, on cards before Ampere in float32")
     return p
 
 
 def given_flags(parser, argv):
-    """What the command line says, passing over --help: it must show the defaults that then hold."""
+    """The flags of the command line, before defaults are chosen by them; without --help, which must show
+    the chosen ones."""
     words = sys.argv[1:] if argv is None else argv
     given, _ = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])
     return given
@@ -759,23 +772,19 @@ def split_batch(args):
 
 
 def open_data(args, size):
-    """-> training images with flips, the same without, and held-out ones (else: those without flips).
+    """-> training images with flips, and the same without.
 
     A data set has a length, `classes` (names), and [i] -> a uint8 tensor (3, size, size), an int label; the
     first also [(epoch, i)], for flips that change with the epoch.
     """
     if args.data == "shapes":
         seed = args.seed + 2
-        return Shapes(size, 1_000_000, seed), Shapes(size, 4096, seed), Shapes(size, 1024, seed=1)
+        return Shapes(size, 1_000_000, seed), Shapes(size, 4096, seed)
     train = ImageFolder(args.data, size, flip=True, seed=args.seed)
     unflipped = copy(train)                                         # the folder is walked once
     unflipped.flip = False
     unflipped.bad = torch.zeros_like(train.bad).share_memory_()
-    val = getattr(args, "val", None)
-    beside = os.path.join(os.path.dirname(os.path.abspath(args.data)), "val")
-    if val is None and os.path.isdir(beside) and not os.path.samefile(beside, args.data):
-        val = beside
-    return train, unflipped, ImageFolder(val, size) if val else unflipped
+    return train, unflipped
 
 
 def load_batches(data, args, micro_batch, first, last, device):
@@ -811,23 +820,26 @@ def data_parallel(module):
 class Run:
     """A run and its folder: last.pt to go on from, milestones, log.jsonl, config.json; what ends it early.
 
+    mark: the fingerprint of the tokenizer on whose latents it trains (stages 1b and 2), or None.
+
     A signal lets it finish the step (with several processes, up to ten), save and leave; a second one, more
     than 5 s later, ends the process at once.
     """
 
-    def __init__(self, args, data, device):
+    def __init__(self, args, data, device, mark=None):
         self.args = args
         self.data = data
         self.device = device
+        self.mark = mark
         self.steps = args.steps or math.ceil(args.epochs * len(data) / args.batch)  # of the schedule
         self.last = min(self.steps, args.stop_at or self.steps)                     # of this run
         self.save_every = max(1, min(args.save_every, self.steps // 20))
         self.sums = {}                              # name: sum and number of finite values since the last row
-        self.signalled = None                                       # since when
-        self.leave = False
+        self.signalled = None                                       # when the first signal came
+        self.leave = False                                          # stop after this step
         os.makedirs(args.out, exist_ok=True)
         self.lock = lock_folder(args.out)
-        self.checkpoint = resume(args, data)
+        self.checkpoint = resume(args, data, mark)
         self.first = self.checkpoint["step"] if self.checkpoint else 0
 
     def catch(self, number, frame):
@@ -842,17 +854,17 @@ class Run:
         if self.checkpoint:
             for name, part in parts.items():
                 part.load_state_dict(self.checkpoint[name])
-            for name, sums in self.checkpoint.get("sums", {}).items():      # of all: rank 0 has them
-                self.sums[name] = sums.to(self.device) * (this_rank() == 0)
+            for name, sums in self.checkpoint.get("sums", {}).items():
+                self.sums[name] = sums.to(self.device)
             self.checkpoint = None                                  # frees its memory
 
-    def announce(self, model, more):
+    def announce(self, model, shift):
         """Says what is about to run, and where its numbers go; writes config.json; catches signals."""
         args = self.args
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print_once(f"torch {torch.__version__}, {world_size()} x {self.device.type}, {parameters:.1f} M "
                    f"parameters, {len(self.data)} images of {len(self.data.classes)} classes in {args.data}, "
-                   f"steps {self.first} to {self.last} of {self.steps}, {more}\n"
+                   f"steps {self.first} to {self.last} of {self.steps}, shift {shift:.3f}\n"
                    f"log: {args.out}/log.jsonl, each row the mean of ten steps (assets/costs.md: from "
                    "images_per_s to the share of a GPU's matrix rate)")
         if this_rank() == 0:
@@ -860,7 +872,7 @@ class Run:
                       "world": world_size(), "classes": list(self.data.classes)}
             with open(f"{args.out}/config.json", "w") as f:
                 json.dump(config, f, indent=1)
-        self.logged = (self.first, time.time())
+        self.logged = (self.first, time.time())                     # step and time of the last row
         if threading.current_thread() is threading.main_thread():   # elsewhere no handler may be set
             for s in SIGNALS:
                 if signal.getsignal(s) != signal.SIG_IGN:           # nohup ignores SIGHUP: so do we
@@ -895,7 +907,8 @@ class Run:
 
     def row(self, done, lr):
         """{name: mean since the last row, over steps and processes}, on all processes."""
-        self.note({"unreadable": world_size() * getattr(self.data, "bad", torch.zeros(1)).sum(),     # of all
+        # A row holds means over the processes; unreadable is meant as a sum.
+        self.note({"unreadable": world_size() * getattr(self.data, "bad", torch.zeros(1)).sum(),
                    "signalled": float(self.signalled is not None)})
         totals = {name: sums.tolist() for name, sums in self.all_sums().items()}
         self.sums = {}
@@ -908,7 +921,7 @@ class Run:
         if self.device.type == "cuda":
             row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.logged = (done, time.time())
-        skipped = round(totals["skipped"][0] / world_size())
+        skipped = round(totals["skipped"][0])
         if skipped:
             print_once(f"step {done}: {skipped} steps skipped since the last row, a gradient was not finite")
         if skipped > 2:
@@ -917,8 +930,8 @@ class Run:
         return row
 
     def all_sums(self):
-        """The sums over all processes, by name."""
-        totals = {name: self.sums[name].clone() for name in sorted(self.sums)}      # one order everywhere
+        """The sums by name, averaged over all processes."""
+        totals = {name: self.sums[name] / world_size() for name in sorted(self.sums)}   # one order everywhere
         all_reduce(*totals.values())
         return totals
 
@@ -934,7 +947,7 @@ class Run:
         """last.pt, everything needed to go on; now and then step_N.pt, the weights alone. Rank 0 writes."""
         rest |= {"sums": self.all_sums()}
         weights |= {"args": vars(self.args), "step": done, "images": len(self.data),
-                    "classes": list(self.data.classes)}
+                    "classes": list(self.data.classes), "fingerprint": self.mark}
         if this_rank() == 0:
             save(f"{self.args.out}/last.pt", weights | rest)
             if self.leave:
@@ -945,15 +958,11 @@ class Run:
 
 def curves(out):
     """curves.png: the log's columns over the steps, those that vary."""
-    columns = {}
-    for row in read_log(out):
-        for name in sorted(row.keys() - {"step", "epoch"}):
-            if math.isfinite(row[name]):
-                columns.setdefault(name, []).append((row["step"], row[name]))
+    rows = read_log(out)
     panels = {}
-    for name, line in columns.items():
-        values = {value for _, value in line}
-        if len(values) > 1:
+    for name in sorted(set().union(*rows) - {"step", "epoch"}):
+        line = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+        if len({value for _, value in line}) > 1:
             panels[name] = {"": line}
     if panels:
         plot(f"{out}/curves.png", panels)
@@ -980,25 +989,26 @@ def lock_folder(out):
     return lock
 
 
-# Length, logging, scores and pictures leave a step's weights as they are; --micro_batch and the number of
-# processes change its draws (masks, t, noise), which have the same distribution. The data set is compared by
-# its number of images and its class names, the tokenizer of stage 2 by its fingerprint.
-MAY_DIFFER = {"data", "val", "out", "init", "tokenizer", "weights", "epochs", "steps", "stop_at",
-              "micro_batch", "save_every", "eval_every", "eval_num", "sample_every", "sample_steps",
+# Flags that may differ when a run goes on. Logging, scores and pictures do not touch the weights; --epochs and
+# --steps move the learning rate (a notice says so); --micro_batch and the number of processes draw other masks,
+# t and noise of the same distribution. The data set is compared by its number of images and its class names,
+# the tokenizer of stages 1b and 2 by its fingerprint.
+MAY_DIFFER = {"data", "val", "out", "init", "tokenizer", "finetune_decoder", "weights", "epochs", "steps",
+              "stop_at", "micro_batch", "save_every", "eval_every", "eval_num", "sample_every", "sample_steps",
               "cfg", "features", "reference", "workers", "grad_checkpoint", "no_compile"}
 
 
-def resume(args, data):
+def resume(args, data, mark=None):
     """The checkpoint in --out, or None; refuses another configuration's folder; the log loses later rows."""
     path = f"{args.out}/last.pt"
     file = read_weights(path) if os.path.lexists(path) else None
     if file:
         if not {"step", "args", "optimizer", "classes"} <= file.keys():
             raise ValueError(f"{path} does not hold all that is needed to go on: use its weights with --init")
-        before = file["args"] | {"images": file["images"], "classes": file["classes"]}
-        before.setdefault("random_weights", before["weights"] == "random")      # the folder itself may differ
+        before = file["args"] | {"images": file["images"], "classes": file["classes"],
+                                 "fingerprint of the tokenizer": file.get("fingerprint", mark)}
         now = vars(args) | {"images": len(data), "classes": list(data.classes),
-                            "random_weights": args.weights == "random"}
+                            "fingerprint of the tokenizer": mark}
         changed = [k for k in now if before.get(k, now[k]) != now[k]]
         wrong = [f"{k}: was {before[k]}, now {now[k]}"[:200] for k in changed if k not in MAY_DIFFER]
         if wrong:
