@@ -1220,7 +1220,7 @@ def run_script(main):
         elif isinstance(error, (ValueError, OSError, FloatingPointError)):
             places = [f"{os.path.basename(frame.filename)}:{frame.lineno}"
                       for frame in traceback.extract_tb(error.__traceback__)]
-            print(f"\n{' > '.join(places)}\n{type(error).__name__}: {error}", file=sys.stderr)
+            print(f"\n{' > '.join(places[1:])}\n{type(error).__name__}: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
     end_loaders()

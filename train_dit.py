@@ -86,7 +86,7 @@ def parse(argv=None):
     if given.epochs:
         p.set_defaults(steps=None)
     args = p.parse_args(argv)
-    if args.reference == "shapes" != args.data:                     # --tiny on images of the user
+    if args.reference == "shapes" and args.data != "shapes":        # --tiny on images of the user
         args.reference = None
     return args
 

@@ -18,7 +18,7 @@ COLUMNS = ["psnr", "rFD", *(f"probe_{kind}_{t}" for kind in KINDS for t in TIMES
            "FD_250", "FD", "FD_cfg", "agreement", "agreement_cfg"]
 GROUPS = [
     {"baseline": "baseline", "latent": "+ distillation on clean latents", "fsd": "+ FSD", "rad": "+ RAD",
-     "ft": "+ decoder fine-tuning"},
+     "ft": "+ decoder fine-tuning", "latent_ft": "clean latents, decoder fine-tuned"},
     {"baseline4": "baseline, C = 4", "baseline": "baseline, C = 16", "baseline32": "baseline, C = 32",
      "baseline64": "baseline, C = 64", "rad4": "RecTok, C = 4", "rad": "RecTok, C = 16",
      "rad32": "RecTok, C = 32", "rad64": "RecTok, C = 64"},
@@ -97,26 +97,24 @@ def with_range(x, values):
 
 def charts():
     """What a linear classifier reads along the flow; reconstruction and generation by channels."""
-    labels = {"baseline": "baseline", "latent": "clean latents", "fsd": "+ FSD", "rad": "RecTok"}
+    labels = {"baseline": "baseline", "latent": "clean latents", "fsd": "FSD", "rad": "RecTok"}
     panels = {}
-    for kind, title in (("z", "linear probe on z_t, % right, over t"),
-                        ("normalised", "the same, z normalised as for the DiT")):
+    for kind, title in (("z", "probe on z_t, %, at t = .25 .5 .75 1"), ("normalised", "z normalised as for the DiT")):
         panels[title] = {label: [] for label in labels.values()}
         for name, label in labels.items():
             for t in TIMES:
                 scores = [seed[f"probe_{kind}_{t}"] for seed in seeds_of(name)]
                 panels[title][label] += with_range(t, [100 * float(score) for score in scores if score])
-    for column, title in (("psnr", "PSNR (dB) by channels"), ("FD_250", "gFD by channels, DiT at step 250"),
-                          ("FD", "gFD by channels, DiT at step 1,000")):
+    for column, title in (("psnr", "PSNR (dB), C = 4 16 32 64"), ("FD_250", "gFD after 250 steps of the DiT, by C"),
+                          ("FD", "gFD after 1,000 steps, by C")):
         panels[title] = {}
         for label, names in (("baseline", {4: "baseline4", 16: "baseline", 32: "baseline32", 64: "baseline64"}),
                              ("RecTok", {4: "rad4", 16: "rad", 32: "rad32", 64: "rad64"}),
-                             ("RecTok, fine-tuned", {16: "ft"}), ("clean latents", {16: "latent"}),
-                             ("the same, fine-tuned", {16: "latent_ft"})):
+                             ("fine-tuned", {16: "ft"}), ("clean latents", {16: "latent"})):
             panels[title][label] = []
             for channels, name in names.items():
                 panels[title][label] += with_range(channels, [seed[column] for seed in seeds_of(name)])
-    plot(os.path.join(HERE, "charts.png"), panels, columns=3, width=380, height=260)
+    plot(os.path.join(HERE, "charts.png"), panels, columns=3, width=400, height=260)
 
 
 if __name__ == "__main__":
