@@ -514,14 +514,12 @@ class DINO(nn.Module):
         for name in [n for n in state if self.version == 3 and n.endswith("attn.qkv.weight")]:
             bias = name.replace("weight", "bias")
             state.setdefault(bias, torch.zeros(len(state[name])))   # timm's files have none
-            state[bias] = state[bias].clone()
-            state[bias].chunk(3)[1].zero_()                         # DINOv3 masks the bias of the keys
             # Its RoPE pairs channel i with i + d/2, ours pairs neighbours: reorder q and k once, here.
             for n in (name, bias):
-                width = len(state[n]) // 3
-                qk, v = state[n].split((2 * width, width))
-                qk = qk.unflatten(0, (2 * self.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-                state[n] = torch.cat([qk, v])
+                q, k, v = state[n].chunk(3)
+                q, k = (w.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).flatten(0, 2) for w in (q, k))
+                state[n] = torch.cat([q, k, v])
+            state[bias].chunk(3)[1].zero_()                         # DINOv3 masks the bias of the keys
         return load_named(self, state, path)
 
 
