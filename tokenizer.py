@@ -689,7 +689,7 @@ def load_tokenizer(path, config=None, ema=True):
     model = RecTok(config)
     if (own.semantic, own.teacher_dim) != (config.semantic, config.teacher_dim):
         state = {n: w for n, w in state.items() if not n.startswith("sem_decoders.")}
-        state |= {n: w for n, w in model.state_dict().items() if n.startswith("sem_decoders.")}
+        state |= model.sem_decoders.state_dict(prefix="sem_decoders.")
         if config.semantic != "none":
             warnings.warn(f"{path}: fresh semantic decoders ({config.semantic}, for teachers of width "
                           f"{config.teacher_dim}); the file's are {own.semantic}, {own.teacher_dim}")
