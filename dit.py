@@ -304,7 +304,7 @@ def config_from_shapes(state):
         grid=math.isqrt(state["pos_embed"].shape[1]) if "pos_embed" in state else 16,
         channels=state["s_embedder.proj.weight"].shape[1],
         width=width,
-        depth=(norms.count(width[0]), norms.count(width[1])),
+        depth=tuple(map(norms.count, width)),
         heads=heads[0],
         num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
         qk_norm="blocks.0.attn.q_norm.weight" in state)
