@@ -19,7 +19,7 @@ import torch
 from dit import decode_normalised, generate, latent_statistics, load_dit, sample_path
 from fid import check_writable
 from tokenizer import (COUNT, GUIDANCE, SEED, ImageFolder, atomic, barrier, compile_blocks, cores, fingerprint,
-                       from_rank_0, latent_shift, load_tokenizer, local_batches, naming, print_once,
+                       flow_shift, from_rank_0, load_tokenizer, local_batches, naming, print_once,
                        progress_bar, run_script, sample_noise, save_grid, start, this_rank, to_uint8,
                        training_precision, weights_hash, world_size)
 
@@ -63,10 +63,8 @@ def main(argv=None):
     model, guide, tokenizer = open_networks(args, device)
     stats = open_statistics(args, model, tokenizer, device)
     config = model.config
-    shift = latent_shift(config.grid ** 2, config.channels)         # or what the DiT was trained with
     trained = model.extras.get("args", {}).get("shift", "auto")
-    if trained != "auto":
-        shift = float(trained)
+    shift = flow_shift(trained, config)
     precision = training_precision(device)
 
     # Which samples

@@ -85,6 +85,11 @@ def time_grid(steps, shift, device=None):
     return times.clamp(0, 1)
 
 
+def flow_shift(shift, config):
+    """s for latents of this config: as given, or by latent_shift where it is "auto"; checked by time_grid."""
+    shift = latent_shift(config.grid ** 2, config.channels) if shift == "auto" else float(shift)
+    time_grid(50, shift)
+    return shift
 def random_visible(B, N, hidden_share, noise=None, device=None):
     """Indices of the VISIBLE patches, (B, K) long: K = ceil(N (1 - hidden_share)).
 

@@ -18,12 +18,11 @@ import torch.nn.functional as F
 
 from dit import PRESETS, DiT, DiTConfig, flow_loss, generate, latent_statistics, load_dit
 from fid import collect, frechet, in_order, inception_scores
-from tokenizer import (COUNT, GUIDANCE, POSITIVE, SHARE, compile_blocks, fingerprint, load_tokenizer,
-                       local_batches, print_once, progress_bar, run_script,
-                       save_grid, seed_of, start, this_rank, to_float, to_uint8,
-                       training_precision, within, world_size)
-from train_tokenizer import (Run, data_parallel, flow_shift, given_flags, load_batches, open_data,
-                             open_features, run_parser, split_batch, step_at, update_ema)
+from tokenizer import (COUNT, GUIDANCE, POSITIVE, SHARE, compile_blocks, fingerprint, flow_shift,
+                       load_tokenizer, local_batches, print_once, progress_bar, run_script, save_grid, seed_of,
+                       start, this_rank, to_float, to_uint8, training_precision, within, world_size)
+from train_tokenizer import (Run, data_parallel, given_flags, load_batches, open_data, open_features,
+                             run_parser, split_batch, step_at, update_ema)
 
 # ---------------------------------------------------------------- the method
 # The DiT learns the velocity of the path on which the tokenizer was trained (tokenizer.flow, sample_time):
@@ -101,7 +100,7 @@ def main(argv=None):
     # Setup: the frozen tokenizer, data, and how far this run goes
     tokenizer = load_tokenizer(args.tokenizer).to(device).requires_grad_(False)
     shape = tokenizer.config
-    shift = flow_shift(args, shape)
+    shift = flow_shift(args.shift, shape)
     data, unflipped = open_data(args, shape.image_size)
     run = Run(args, data, device, fingerprint(tokenizer))
     if run.first >= run.last:

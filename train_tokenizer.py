@@ -28,13 +28,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 
 from fid import INCEPTION, Features, open_reference, score_tokenizer
-from tokenizer import RecTok, flow, latent_shift, random_visible, sample_time        # those of the method
+from tokenizer import RecTok, flow, random_visible, sample_time                      # those of the method
 from tokenizer import (COUNT, DINO, POSITIVE, SEED, SHARE, SIGNALS, SIZES, TEACHERS, ImageFolder, Normalize,
                        Shapes, TokenizerConfig, all_reduce, atomic, barrier, compile_blocks, cores,
-                       fetch_weights, fingerprint, from_rank_0, ignore_signals, load_named, load_teacher,
-                       load_tokenizer, plot, print_once, progress_bar, read_tokenizer, read_weights,
-                       run_script, sample_noise, save_grid, seed_of, start, teacher_file, this_rank,
-                       time_grid, to_float, to_uint8, training_precision, weight_file, within, world_size)
+                       fetch_weights, fingerprint, flow_shift, from_rank_0, ignore_signals, load_named,
+                       load_teacher, load_tokenizer, plot, print_once, progress_bar, read_tokenizer,
+                       read_weights, run_script, sample_noise, save_grid, seed_of, start, teacher_file,
+                       this_rank, to_float, to_uint8, training_precision, weight_file, within, world_size)
 
 
 # ---------------------------------------------------------------- the method; the rest serves it
@@ -289,7 +289,7 @@ def main(argv=None):
 
     # Setup: data, and how far this run goes
     config = tokenizer_config(args)
-    shift = flow_shift(args, config)
+    shift = flow_shift(args.shift, config)
     if args.w_gan and config.image_size < 24 and not args.eval_only:
         raise ValueError(f"the discriminator needs 24 px, not {config.image_size}: --w_gan 0 switches it off")
     data, unflipped = open_data(args, config.image_size)
@@ -748,15 +748,6 @@ def given_flags(parser, argv):
 
 def auto_or_positive(text):
     return text if text == "auto" else POSITIVE(text)
-
-
-def flow_shift(args, config):
-    """s of the law of t for latents of this config; ValueError where the law does not end in noise."""
-    shift = args.shift
-    if shift == "auto":
-        shift = latent_shift(config.grid ** 2, config.channels)
-    time_grid(50, shift)
-    return shift
 
 
 def split_batch(args):
