@@ -21,8 +21,8 @@ from fid import collect, frechet, in_order, inception_scores
 from tokenizer import (COUNT, GUIDANCE, POSITIVE, SHARE, compile_blocks, fingerprint, flow_shift,
                        load_tokenizer, local_batches, print_once, progress_bar, run_script, save_grid, seed_of,
                        start, this_rank, to_float, to_uint8, training_precision, within, world_size)
-from train_tokenizer import (Run, data_parallel, given_flags, load_batches, open_data, open_features,
-                             run_parser, split_batch, step_at, update_ema)
+from train_tokenizer import (Run, data_parallel, given_flags, open_data, open_features, run_parser,
+                             split_batch, step_at, update_ema)
 
 # ---------------------------------------------------------------- the method
 # The DiT learns the velocity of the path on which the tokenizer was trained (tokenizer.flow, sample_time):
@@ -107,7 +107,7 @@ def main(argv=None):
         print_once(f"{args.out} is at step {run.first} of {run.steps}: nothing to do")
         return
     # Forked before the networks are built: loaders copy what is there.
-    batches = load_batches(data, args, micro_batch, run.first, run.last, device)
+    batches = run.batches(micro_batch)
 
     # Setup: networks, scores, statistics of the latents
     config = DiTConfig(shape.grid, shape.channels, num_classes=len(data.classes), qk_norm=args.qk_norm,

@@ -304,7 +304,7 @@ def main(argv=None):
         print_once(f"{args.out} is at step {run.first} of {run.steps}: nothing to do")
         return
     # Forked before the networks are built: loaders copy what is there.
-    batches = load_batches(data, args, micro_batch, run.first, run.last, device)
+    batches = run.batches(micro_batch)
 
     # Setup: networks
     if args.weights != "random":
@@ -778,14 +778,6 @@ def open_data(args, size):
     return train, unflipped
 
 
-def load_batches(data, args, micro_batch, first, last, device):
-    """Iterator over this process's micro-batches (uint8 images, labels) of steps first..last-1."""
-    order = batch_indices(len(data), args.batch, micro_batch, args.seed, first, last, this_rank(),
-                          world_size())
-    return iter(DataLoader(data, batch_sampler=order, num_workers=args.workers,
-                           worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
-
-
 def batch_indices(length, batch, micro_batch, seed, first, last, rank=0, world=1):
     """Yields the (epoch, index) pairs of each micro-batch of this process.
 
@@ -839,6 +831,14 @@ class Run:
         elif time.monotonic() - self.signalled > 5:                 # sooner: the first, passed on by torchrun
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+    def batches(self, micro_batch):
+        """Iterator over this process's micro-batches (uint8 images, labels) of steps first..last-1."""
+        args = self.args
+        order = batch_indices(len(self.data), args.batch, micro_batch, args.seed, self.first, self.last,
+                              this_rank(), world_size())
+        return iter(DataLoader(self.data, batch_sampler=order, num_workers=args.workers,
+                               worker_init_fn=ignore_signals, pin_memory=self.device.type == "cuda"))
 
     def load(self, **parts):
         """The modules and optimizers by their names in last.pt, where there is one."""
