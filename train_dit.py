@@ -10,7 +10,6 @@ snapshots of one 800-epoch schedule: do not set --epochs but --stop_at.
 import math
 import os
 from copy import deepcopy
-from dataclasses import asdict
 
 import torch
 import torch.nn as nn
@@ -173,10 +172,8 @@ def main(argv=None):
         bar.update()
         row = run.finish_step(done, lr_scale * args.lr)
         if run.saving:
-            state = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config),
-                     "latent_mean": stats[0].cpu(), "latent_std": stats[1].cpu(),
-                     "tokenizer": os.path.relpath(args.tokenizer, args.out)}
-            run.save(done, state, {"optimizer": optimizer.state_dict()})
+            run.save(done, latent_mean=stats[0].cpu(), latent_std=stats[1].cpu(),
+                     tokenizer=os.path.relpath(args.tokenizer, args.out))
         if rank == 0 and (done % args.sample_every == 0 or done == run.last) and not run.leave:
             images = draw_samples(range(len(shown)), shown)
             save_grid(f"{args.out}/step_{done}.png", images, columns)

@@ -316,7 +316,6 @@ def main(argv=None):
     perceptual = PerceptualLoss(args.weights).to(device) if args.w_perceptual else None
     features, reference = open_features(args, args.out, device, config.image_size)
     model, ema = open_tokenizers(args, config, teachers, device, init=None if run.checkpoint else args.init)
-    config = model.config
     discriminator = PatchGAN(args.gan_width).to(device)
     peak_lr = args.lr or (5e-5 if args.finetune_decoder else 1e-4) * args.batch / 256
     optimizer = optimizer_for(model, peak_lr)
@@ -368,10 +367,7 @@ def main(argv=None):
         bar.update()
         row = run.finish_step(done, lr_scale * peak_lr)
         if run.saving:
-            state = {"model": model.state_dict(), "model_ema": ema.state_dict(), "config": asdict(config)}
-            run.save(done, state, {"discriminator": discriminator.state_dict(),
-                                   "optimizer": optimizer.state_dict(),
-                                   "d_optimizer": d_optimizer.state_dict()})
+            run.save(done)
             if rank == 0 and not run.leave:
                 picture(f"{args.out}/step_{done}.png", ema, held_out, args.seed)
         scores = {}
@@ -841,7 +837,8 @@ class Run:
                                worker_init_fn=ignore_signals, pin_memory=self.device.type == "cuda"))
 
     def load(self, **parts):
-        """The modules and optimizers by their names in last.pt, where there is one."""
+        """Modules and optimizers by their names in last.pt; takes their states from it, where there is one."""
+        self.parts = parts                                          # save writes their states
         if self.checkpoint:
             for name, part in parts.items():
                 part.load_state_dict(self.checkpoint[name])
@@ -934,13 +931,17 @@ class Run:
             if self.saving:
                 curves(self.args.out)
 
-    def save(self, done, weights, rest):
-        """last.pt, everything needed to go on; now and then step_N.pt, the weights alone. Rank 0 writes."""
-        rest |= {"sums": self.all_sums()}
-        weights |= {"args": vars(self.args), "step": done, "images": len(self.data),
-                    "classes": list(self.data.classes), "fingerprint": self.mark}
+    def save(self, done, **more):
+        """last.pt, everything needed to go on; now and then step_N.pt, the weights and what their use needs:
+        shape, flags, classes, and `more`. Rank 0 writes."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        weights = more | {"model": states.pop("model"), "model_ema": states.pop("model_ema"),
+                          "config": asdict(self.parts["model"].config), "args": vars(self.args),
+                          "step": done, "images": len(self.data), "classes": list(self.data.classes),
+                          "fingerprint": self.mark}
+        states["sums"] = self.all_sums()
         if this_rank() == 0:
-            save(f"{self.args.out}/last.pt", weights | rest)
+            save(f"{self.args.out}/last.pt", weights | states)
             if self.leave:
                 print_once(f"stopped by a signal after step {done}; the same command goes on from there")
             if done % (10 * self.save_every) == 0 or done == self.last:
