@@ -145,9 +145,9 @@ def main(argv=None):
         return to_uint8(generate(ema, tokenizer, stats, args.seed, indices, y, precision,
                                  steps=args.sample_steps, shift=shift, cfg=cfg))
 
-    bar = progress_bar(total=run.last, initial=run.first, desc="stage 2")
+    bar = progress_bar(range(run.first, run.last), initial=run.first, total=run.last, desc="stage 2")
 
-    for step in range(run.first, run.last):
+    for step in bar:
         # Gradients, accumulated over micro-batches
         optimizer.zero_grad()
         lr_scale = lr_at(step / run.steps, 1.0)
@@ -169,7 +169,6 @@ def main(argv=None):
 
         # What is due: save first (the rest may take long), then picture, scores and log
         done = step + 1
-        bar.update()
         row = run.finish_step(done, lr_scale * args.lr)
         if run.saving:
             run.save(done, latent_mean=stats[0].cpu(), latent_std=stats[1].cpu(),
@@ -190,7 +189,6 @@ def main(argv=None):
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         if run.leave:
             break
-    bar.close()
     return run.leave
 
 

@@ -334,9 +334,9 @@ def main(argv=None):
         train_micro_batch(objective, discriminator, teachers, perceptual, images, loss_weights, 0.0,
                           accumulate, precision)
     stage = "stage 1b" if args.finetune_decoder else "stage 1"
-    bar = progress_bar(total=run.last, initial=run.first, desc=stage)
+    bar = progress_bar(range(run.first, run.last), initial=run.first, total=run.last, desc=stage)
 
-    for step in range(run.first, run.last):
+    for step in bar:
         # Gradients, accumulated over micro-batches
         optimizer.zero_grad()
         d_optimizer.zero_grad()
@@ -364,7 +364,6 @@ def main(argv=None):
 
         # What is due: save first (the rest may take long), then picture, scores and log
         done = step + 1
-        bar.update()
         row = run.finish_step(done, lr_scale * peak_lr)
         if run.saving:
             run.save(done)
@@ -380,7 +379,6 @@ def main(argv=None):
             bar.set_postfix(loss=f"{row['loss']:.4f}", pixel=f"{row['pixel']:.4f}", refresh=False)
         if run.leave:
             break
-    bar.close()
     return run.leave
 
 
