@@ -170,9 +170,8 @@ class DiT(nn.Module):
                              persistent=False)
         self.register_buffer("rope_head", axial_rope_eva(config.grid, head // config.heads[1]),
                              persistent=False)
-        self.initialize()
 
-    def initialize(self):
+        # Initial values
         for embedder in (self.x_embedder, self.s_embedder):
             nn.init.xavier_uniform_(embedder["proj"].weight.flatten(1))
             nn.init.zeros_(embedder["proj"].bias)
