@@ -922,6 +922,7 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+@dataclass
 class ImageFolder:
     """root/class/**/*.jpg, where the label is the rank of the class's name, or a flat folder (label 0).
 
@@ -930,19 +931,18 @@ class ImageFolder:
     folder that links reach twice is walked once. Errors, since labels would move in silence: images beside
     class folders, a class without images or one that cannot be read, a root that holds train and val.
 
-    [i] or [(epoch, i)] -> uint8 (3, size, size), label; size None keeps the image's own. The coin of `flip`
-    depends on (seed, epoch, i) alone. EXIF orientation is ignored, as in the published pipeline. An
-    unreadable image is replaced by the next readable one, with a warning that names it, and counted in `bad`
-    (shared with loader processes).
+    [i] or [(epoch, i)] -> uint8 (3, size, size), label. EXIF orientation is ignored, as in the published
+    pipeline. An unreadable image is replaced by the next readable one, with a warning that names it, and
+    counted in `bad` (shared with loader processes).
     """
+    root: str
+    size: int                             # pixels, square; None keeps the image's own
+    flip: bool = False                    # by a coin that depends on (seed, epoch, i) alone
+    seed: int = 0
 
-    def __init__(self, root, size, flip=False, seed=0):
-        self.root = root
-        self.size = size
-        self.flip = flip
-        self.seed = seed
+    def __post_init__(self):
         # One process walks the disks, so all have the same list.
-        paths, self.labels, self.classes = from_rank_0(lambda: list_images(root))
+        paths, self.labels, self.classes = from_rank_0(lambda: list_images(self.root))
         self.paths = np.array([os.fsencode(p) for p in paths])  # one buffer: forked loaders do not copy it
         self.bad = torch.zeros(1, dtype=torch.long).share_memory_()
         self.warned = set()
