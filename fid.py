@@ -203,17 +203,17 @@ PROBE_TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
 @torch.no_grad()
-def linear_probe(model, train, held_out, seed, workers=0, max_images=100_000):
+def linear_probe(model, train, held_out, seed, workers=0):
     """Is the flow semantically rich? Accuracy of a linear classifier on token-averaged z_t, and on what the
     semantic decoder reads from z_t, for t from data to noise: {"probe_z_1.0": share of held-out images, ...}.
 
-    Ours: ridge regression on one-hot labels, solved from float64 sums over at most `max_images` training
+    Ours: ridge regression on one-hot labels, solved from float64 sums over at most 100,000 training
     images, EMA weights. The protocol behind the paper's columns is in the released code's history only: one
     linear layer on every token, its logits averaged over tokens (so it is linear in the token mean too),
     cross-entropy, Adam, one epoch, raw weights. Another fit, so the numbers are not comparable.
     """
     device = next(model.parameters()).device
-    train_part = Subset(train, range(0, len(train), math.ceil(len(train) / max_images)))
+    train_part = Subset(train, range(0, len(train), math.ceil(len(train) / 100_000)))
 
     def batches(data, first, size=64):
         """Its share -> {kind: inputs (T, B, D + 1)}, one-hot labels. first: keeps the noise of sets apart."""
@@ -293,7 +293,7 @@ def collect(batches):
     return moments(rows) | {"rows": rows, "logits": logits}
 
 
-def extract_data(features, data, batch=64, workers=0):
+def extract_data(features, data, batch, workers):
     """collect() of a data set."""
     if not isinstance(data, ImageFolder):                           # no files to decode
         workers = 0
@@ -541,7 +541,7 @@ def read(path, image_size=None):
     return found
 
 
-def measure(features, side, batch=64, workers=0, images=False):
+def measure(features, side, batch, workers, images=False):
     """mu, sigma, n of a result of read(): the file's own, or those of its images. With `images`, also what
     collect() finds in these."""
     given = {}
@@ -558,7 +558,7 @@ def measure(features, side, batch=64, workers=0, images=False):
     return given
 
 
-def open_reference(path, features, image_size, workers=0):
+def open_reference(path, features, image_size, workers):
     """What FID is measured against: an npz, a folder of images, "shapes" (held-out drawn ones), or None.
 
     -> {mu, sigma, n, name}, or None. At 512 px the released evaluation first shrinks its images to the 256 px
@@ -567,11 +567,11 @@ def open_reference(path, features, image_size, workers=0):
     if path is None:
         return None
     side = {"images": Shapes(image_size, 1024, seed=1)} if path == "shapes" else read(path, image_size)
-    found = measure(features, side, workers=workers)
+    found = measure(features, side, 64, workers)
     return {k: found[k] for k in ("mu", "sigma", "n")} | {"name": path}         # not the features themselves
 
 
-def compare(features, samples, reference, batch=64, workers=0):
+def compare(features, samples, reference, batch, workers):
     """Two results of read() -> scores, with what they were measured on. FID uses statistics where a file has
     them; precision and recall need images on both sides, IS those of the samples."""
     both = samples["images"] is not None and reference["images"] is not None

@@ -604,7 +604,7 @@ TEACHERS = {  # name: (version, width, depth, heads, patch, image size, register
 }
 
 
-def teacher_file(name, weights="weights"):
+def teacher_file(name, weights):
     """Its file in the folder `weights`: the publisher's, transformers' as NAME.safetensors, or timm's."""
     _, *files = TEACHERS[name]
     for file in (files[0], f"{name}.safetensors"):
@@ -737,7 +737,7 @@ def download_address(name):
     return DOWNLOADS[name]
 
 
-def weight_file(name, weights="weights"):
+def weight_file(name, weights):
     """Path of a published file: `weights` itself if it is a file, else weights/name, downloaded if absent.
 
     All processes must call it: the first one of each machine downloads, the others wait. Raises OSError

@@ -803,7 +803,7 @@ class Run:
     than 5 s later, ends the process at once.
     """
 
-    def __init__(self, args, data, device, mark=None):
+    def __init__(self, args, data, device, mark):
         self.args = args
         self.data = data
         self.device = device
