@@ -84,13 +84,13 @@ def main(argv=None):
         images = []
         for first in range(0, len(indices), args.batch):
             part = indices[first:first + args.batch]
-            y = labels[part.start:part.stop]
-            drawn = generate(model, tokenizer, stats, args.seed, part, y, precision, guide=guide, **options)
+            drawn = generate(model, tokenizer, stats, args.seed, part, labels[part], precision, guide=guide,
+                             **options)
             images.append(to_uint8(drawn).cpu())
         return torch.cat(images)
 
     if args.save:
-        nets = [net for net in (model, guide, tokenizer) if net is not None]
+        nets = [net for net in (model, guide, tokenizer) if net]
         recipe |= {"batch": "any", "weights": weights_hash(*nets), "stats": [x.tolist() for x in stats]}
         mark = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]      # another recipe, another folder
         compile_blocks(device, args.no_compile, *nets)
