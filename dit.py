@@ -52,11 +52,11 @@ def sample_path(model, noise, y, steps, shift, cfg=1.0, interval=(0, 1), guide=N
         v = model(z, times, y).float()
         if cfg == 1 or not interval[0] <= t <= interval[1]:
             return v
-        if guide is not None:
-            weak = guide(z, times, y).float()
+        if guide:
+            weak = guide(z, times, y)
         else:
-            weak = model(z, times, torch.full_like(y, model.config.num_classes)).float()
-        return weak + cfg * (v - weak)
+            weak = model(z, times, torch.full_like(y, model.config.num_classes))
+        return weak + cfg * (v - weak)                              # float32, as v
 
     times = time_grid(steps, shift, noise.device)                   # from 0, noise, to 1, data
     z = noise
