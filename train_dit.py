@@ -120,7 +120,7 @@ def main(argv=None):
     model.grad_checkpoint = args.grad_checkpoint
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    features, reference = None, None
+    reference = None
     if args.reference:
         features, reference = open_features(args, os.path.dirname(args.tokenizer), device,
                                             shape.image_size)
