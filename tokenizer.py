@@ -473,13 +473,12 @@ class DINO(nn.Module):
         x = x.flatten(2).transpose(1, 2)                            # (B, N, W)
         if self.version != 3:
             x = x + self.patch_positions(grid)
-        tokens = [x]
-        if self.registers is not None:
-            tokens.insert(0, self.registers.expand(len(x), -1, -1))
+        before = []                                                 # what stands before the patches
         if self.classes:
-            cls = self.cls_token if self.version == 3 else self.cls_token + self.pos_embed[:, :1]
-            tokens.insert(0, cls.expand(len(x), -1, -1))
-        x = torch.cat(tokens, dim=1)
+            before.append(self.cls_token if self.version == 3 else self.cls_token + self.pos_embed[:, :1])
+        if self.registers is not None:
+            before.append(self.registers)
+        x = torch.cat([tokens.expand(len(x), -1, -1) for tokens in (*before, x)], dim=1)
         first = x.shape[1] - grid ** 2                              # the first patch
         rope = self.rope(grid, first) if self.version == 3 else None
         for block in self.blocks:
