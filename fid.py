@@ -617,14 +617,12 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     device, rank, _ = start()
-    target = args.save_stats
-    if target:
-        target = target.removesuffix(".npz") + ".npz"
+    samples = read(args.samples, args.image_size)
+    if args.save_stats:
+        target = args.save_stats.removesuffix(".npz") + ".npz"
         check_writable(target)
         if os.path.exists(target) and os.path.samefile(target, args.samples):
             raise ValueError(f"--save_stats {target}: that is the input")
-    samples = read(args.samples, args.image_size)
-    if target:
         if samples["images"] is None:
             raise ValueError(f"{args.samples} holds statistics already")
         features = Features(args.features, args.weights, device)
