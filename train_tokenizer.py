@@ -215,8 +215,7 @@ TINY_FINETUNE = dict(steps=400, lr=2e-3, noise_warmup=0.0)
 
 def parse(argv=None):
     p = run_parser(__doc__, "train_tokenizer.py --data my_images --batch 256 --steps 50000")
-    add_model_flags(p)
-    add_method_flags(p)
+    add_flags(p)
     given = given_flags(p, argv)
     p.set_defaults(out="out/tokenizer", epochs=200.0, ema=0.999, eval_every=12500)
     if given.tiny:
@@ -241,7 +240,7 @@ def parse(argv=None):
     return args
 
 
-def add_model_flags(p):
+def add_flags(p):
     add = p.add_argument_group("model").add_argument
     add("--finetune_decoder", metavar="CKPT", help="stage 1b: train this checkpoint's pixel decoder alone")
     add("--eval_only", metavar="CKPT", help="no training: the scores of this checkpoint, and a picture")
@@ -256,8 +255,6 @@ def add_model_flags(p):
     add("--teacher", default="dinov3_vitl16", help="VFM, or several: dinov3_vitl16,dinov2_vitl14")
     add("--random_weights", action="store_true", help="random VFM and perceptual nets: timing, tests only")
 
-
-def add_method_flags(p):
     add = p.add_argument_group("method").add_argument
     add("--distill", default="flow", choices=["flow", "latent", "none"], help="the semantic decoder's input")
     add("--target", default="all", choices=["all", "hidden"], help="patches it predicts: rec+align, or rec")
