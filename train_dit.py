@@ -64,7 +64,7 @@ def parse(argv=None):
     add = p.add_argument_group("stage 2").add_argument
     add("--tokenizer", default="out/tokenizer/last.pt",
         help="of stage 1 or 1b, or the authors' RecTok.pth")
-    add("--size", default="XL", choices=list(PRESETS), help="row of dit.PRESETS")
+    add("--size", default="XL", choices=PRESETS, help="row of dit.PRESETS")
     add("--qk_norm", action="store_true", help="RMSNorm on q and k, against late instability")
     add("--grad_checkpoint", action="store_true",
         help="recompute the blocks: less memory, a third slower")
