@@ -501,7 +501,7 @@ class Arrays:
 
     def __init__(self, path):
         self.root = path
-        self.images = np.load(path, allow_pickle=False)["arr_0"]
+        self.images = np.load(path)["arr_0"]
         kind, shape = self.images.dtype, self.images.shape
         if kind != np.uint8 or shape[3:] != (3,):
             raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 3), not {kind} {shape}")
@@ -524,7 +524,7 @@ def read(path, image_size=None):
         return {"path": path, "images": data, "image_size": data[0][0].shape[1]}
     found = {"path": path, "images": None, "image_size": None}
     with naming(path, "an npz of images (arr_0) or statistics (mu, sigma)"):
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path) as file:
             for name in {"n", "image_size", "features"} & set(file.files):      # in our own files
                 found[name] = file[name].item()
             if "mu" in file:

@@ -169,7 +169,7 @@ def open_statistics(args, model, tokenizer, device):
                 np.savez(f, mean=stats[0].cpu(), std=stats[1].cpu(), fingerprint=fingerprint(tokenizer))
         return stats
     with naming(args.stats, f"an npz with the mean and std of {model.config.channels} channels"):
-        with np.load(args.stats, allow_pickle=False) as file:
+        with np.load(args.stats) as file:
             stats = torch.from_numpy(np.stack([file["mean"], file["std"]])).float()
             stats = stats.view(2, model.config.channels)
             if str(file.get("fingerprint", "")) not in ("", fingerprint(tokenizer)):
