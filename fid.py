@@ -467,7 +467,7 @@ def block_e(n):
 
 def fold_batch_norm(state, path):
     """Published names -> ours: (w x - mean) / sqrt(var + 1e-3) gamma + beta is a convolution with a bias."""
-    if "fc.weight" not in state or len(state["fc.weight"]) != 1008 or "AuxLogits.fc.weight" in state:
+    if len(state.get("fc.weight", ())) != 1008:
         raise ValueError(f"{path} is not the Inception of FID (torchvision's weights give other scores): "
                          f"{INCEPTION} is needed")
     out = {n: w for n, w in state.items() if n.startswith("fc.")}
