@@ -110,7 +110,7 @@ def moments(features):
                       "biased upwards; use more images")
     mu = total / n
     sigma = (outer - n * torch.outer(mu, mu)) / (n - 1)             # unbiased, as np.cov
-    return {"mu": mu.cpu().numpy(), "sigma": sigma.cpu().numpy(), "n": n}
+    return {"mu": mu.cpu(), "sigma": sigma.cpu(), "n": n}
 
 
 # ---------------------------------------------------------------- scores of a tokenizer
