@@ -157,7 +157,7 @@ def open_statistics(args, model, tokenizer, device):
     """
     if model.extras:
         return model.extras["latent_mean"].to(device), model.extras["latent_std"].to(device)
-    there = from_rank_0(lambda: bool(args.stats) and os.path.exists(args.stats))
+    there = from_rank_0(lambda: os.path.exists(args.stats or ""))
     if not args.stats or not (args.data or there):
         raise ValueError(f"{args.dit} holds no latent statistics: give --stats FILE.npz (mean, std), and if "
                          "it does not exist yet the training images as --data, to compute them")
