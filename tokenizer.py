@@ -355,8 +355,8 @@ class Attention(nn.Module):
         self.q_norm = norm(width // heads)
         self.k_norm = norm(width // heads)
 
-    def forward(self, x, rope=None):
-        """x (B, N, W), rope (2, N, d) or (2, B, N, d) -> (B, N, W)."""
+    def forward(self, x, rope):
+        """x (B, N, W), rope (2, N, d) or (2, B, N, d), or None -> (B, N, W)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))        # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, heads, N, d) each
         q, k = self.q_norm(q), self.k_norm(k)
