@@ -90,6 +90,8 @@ def flow_shift(shift, config):
     shift = latent_shift(config.grid ** 2, config.channels) if shift == "auto" else float(shift)
     time_grid(50, shift)
     return shift
+
+
 def random_visible(B, N, hidden_share, noise=None, device=None):
     """Indices of the VISIBLE patches, (B, K) long: K = ceil(N (1 - hidden_share)).
 
