@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -54,6 +55,8 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield
     reset_signals()
+    while STARTED:
+        end(STARTED.pop())
 
 
 def reset_signals():
@@ -183,6 +186,9 @@ def rows_of(out):
     return [{k: v for k, v in row.items() if k != "images_per_s"} for row in S1.read_log(out)]
 
 
+STARTED = []                                         # the processes of this test, ended with it
+
+
 def start(target, *flags, world=0):
     """A script, or a function of this file, in `world` processes under torchrun (0: in one without it)."""
     command = [sys.executable, os.path.join(HERE, target)]
@@ -193,8 +199,10 @@ def start(target, *flags, world=0):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*torchrun, f"--nproc_per_node={world}", "--no-python", *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
-    return subprocess.Popen([*command, *map(str, flags)], text=True, stdout=subprocess.PIPE, env=environment,
-                            stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen([*command, *map(str, flags)], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=environment, start_new_session=True)
+    STARTED.append(process)
+    return process
 
 
 def run(target, *flags, world=0, timeout=180):
@@ -203,13 +211,27 @@ def run(target, *flags, world=0, timeout=180):
     try:
         output, errors = process.communicate(timeout=timeout)
     finally:
-        process.terminate()                          # torchrun takes its processes along, after 30 s by force
-        process.wait(60)
+        end(process)
     return process.returncode, output, errors
 
 
+def end(process):
+    """And all of its group."""
+    process.terminate()                              # torchrun takes its processes along, after 30 s by force
+    try:
+        process.wait(60)
+    finally:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def wait_for(there, process):
-    while not there() and process.poll() is None:
+    """Where the process dies first, or within two minutes nothing comes: what it said."""
+    until = time.monotonic() + 120
+    while not there():
+        if process.poll() is not None or time.monotonic() > until:
+            end(process)
+            pytest.fail(process.communicate()[1])
         time.sleep(0.05)
 
 
@@ -392,6 +414,18 @@ def test_dit_golden():
     close(D.flow_loss(dit, noise("z", 3, 64, 16), y, 2.0, x, u), [3.470793, 3.97692, 3.977197])
 
 
+def test_a_dit_without_a_config():
+    """As the authors save them: heads by the widths, the rest by the tensors. --qk_norm counts."""
+    said, inputs = [], (noise("x", 2, 16, 16), torch.tensor([0.2, 0.7]), torch.tensor([1, 8]))
+    for qk_norm in (False, True):
+        model = fill(D.DiT(D.DiTConfig(4, 16, num_classes=8, qk_norm=qk_norm, **D.PRESETS["nano"])))
+        torch.save(model.state_dict() | {"pos_embed": torch.zeros(1, 16, 160)}, "dit.pth")
+        read = D.load_dit("dit.pth")
+        assert read.config == model.config and ("blocks.4.attn.k_norm.weight" in read.state_dict()) == qk_norm
+        said += [model(*inputs), read(*inputs)]
+    assert torch.equal(*said[:2]) and torch.equal(*said[2:]) and not torch.allclose(*said[1:3], rtol=0.1)
+
+
 def test_inception_golden():
     state = {}                                       # under the names of pytorch-fid
     for ours, w in M.InceptionV3("random").state_dict().items():
@@ -422,7 +456,9 @@ def test_metrics_golden():
         of_a, of_b = ((x[:n].mean(0, dtype=np.float64), np.cov(x[:n].astype(np.float64).T)) for x in (a, b))
         close(M.frechet_distance(*of_a, *of_b), [value], 1e-6)
     close(torch.tensor(M.inception_score(3 * noise("l", 200, 20))), [5.073499, 0.4790747], 1e-6)
-    close(torch.tensor(M.precision_recall(noise("a", 300, 4), 1.2 * noise("b", 350, 4))), [0.88, 0.98], 1e-6)
+    for block in ({}, {"block": 64}):
+        found = M.precision_recall(noise("a", 300, 4), 1.2 * noise("b", 350, 4), **block)
+        close(torch.tensor(found), [0.88, 0.98], 1e-6)
 
 
 def test_schedules_golden():
@@ -462,6 +498,13 @@ def test_flow_and_visible_patches():
 
 
 def test_config_sizes():
+    """The published ones: width, depth, attention heads."""
+    body = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+    for name, sizes in body.items():
+        assert [*zip(*D.PRESETS[name].values())] == [sizes, (2048, 2, 16)], name
+    sizes = {"tiny": (192, 3, 4), "small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16),
+             "xl": (1152, 28, 16), "huge": (1280, 32, 16)}
+    assert T.SIZES == sizes | {"nano": T.SIZES["nano"]}
     with torch.device("meta"):
         paper = T.RecTok(T.TokenizerConfig())
         xl = D.DiT(D.DiTConfig(**D.PRESETS["XL"]))
@@ -621,6 +664,11 @@ def test_dit_starts_at_zero_and_learns_two_latents():
     model = D.DiT(D.DiTConfig(2, 4, (32, 64), (1, 1), (2, 2), 2))
     z, y = noise("z", 2, 4, 4), torch.tensor([0, 1])
     assert model(z, torch.rand(2), y).abs().max() == 0
+    for layer in (model.y_embedder["embedding_table"], *model.t_embedder.mlp[::2]):
+        assert abs(layer.weight.std() - 0.02) < 0.003
+    for embedder, width in ((model.s_embedder, 32), (model.x_embedder, 64)):
+        largest = embedder["proj"].weight.abs().max() / math.sqrt(6 / (4 + width))      # Xavier's bound
+        assert 0.9 < largest <= 1
     assert torch.allclose(D.flow_loss(model, z, y, 1.0, torch.zeros_like(z)).mean(), z.square().mean())
     descend(model, lambda: D.flow_loss(model, z.repeat(8, 1, 1), y.repeat(8), 1.0).mean(), 150, 1e-2)
     assert (D.sample(model, noise("n", 2, 4, 4), y, 40, 1.0) - z).square().mean() < 0.1
@@ -653,6 +701,20 @@ def test_frechet_closed_forms():
     refuses("finite", M.moments, x * math.nan)
 
 
+def test_scores_are_computed_in_float32():
+    """Whatever was set: TF32 comes back afterwards."""
+    def settings():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = settings()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert M.exact_float32()(settings)() == ("highest", False)
+        assert settings() == ("high", before[1])
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+
+
 def test_psnr_and_ssim_by_their_definitions():
     a, b = noise("a", 2, 3, 14, 13).sigmoid(), noise("b", 2, 3, 14, 13).sigmoid()
     assert torch.allclose(M.psnr(a, a + 0.1), torch.full((2,), 20.0), atol=1e-4)
@@ -677,14 +739,18 @@ class Data(list):
 
 def test_linear_probe_sees_what_is_there():
     class Labels(Patches):                           # its latent holds the class, and nothing else
+        config = SimpleNamespace(semantic="nano")
+        sem_decoders = [torch.nn.Identity()]
+
         def encode(self, images):
             labels = images[:, 0, 0, 0].add(1).mul(127.5).round().long()
-            return 20 * torch.nn.functional.one_hot(labels, 8).float()[:, None].expand(-1, 16, -1), None
+            return 20 * torch.nn.functional.one_hot(labels, 300).float()[:, None].expand(-1, 16, -1), None
 
     data = Data((torch.full((3, 32, 32), i % 8, dtype=torch.uint8), i % 8) for i in range(256))
     scores = M.linear_probe(Labels(), data, data, seed=0)
-    assert scores["probe_z_1.0"] == scores["probe_z_0.5"] == 1
-    assert scores["probe_z_0.0"] < 0.3
+    for kind in ("z", "semantic"):
+        assert scores[f"probe_{kind}_1.0"] == scores[f"probe_{kind}_0.5"] == 1
+        assert scores[f"probe_{kind}_0.0"] < 0.3     # 300 channels could tell 256 images by their noise
 
 
 # ---------------------------------------------------------------- invariances
@@ -831,7 +897,7 @@ def test_exact_resume_in_mid_epoch(toys, capsys, monkeypatch):
     kept = record_micro_batches()
     shutil.copytree(toys.pictures, "moved")
     then = "--data", "moved/", "--init", "gone.pt"                  # goes on from last.pt, and never opens it
-    scored = "--features", "tiny", "--reference", toys.pictures, "--eval_num", 16
+    scored = "--features", "tiny", "--reference", toys.pictures, "--eval_num", 16, "--sample_steps", 2
     for main, stage, out, more in ((S1.main, toys.stage1, "tok", ()), (S2.main, toys.stage2, "dit", scored)):
         flags = "--steps", 11, "--micro_batch", 4, *more
         main(stage(f"{out}1", *flags, "--stop_at", 6))
@@ -845,7 +911,7 @@ def test_exact_resume_in_mid_epoch(toys, capsys, monkeypatch):
             is_mean(rows_of("tok2")[1], kept[20:])
     row = rows_of("dit1")[-1]
     assert {"FD", "FD_cfg", "agreement", "agreement_cfg"} <= row.keys()
-    X.main(["--dit", "dit1/last.pt", "--steps", "1", "--num", "16", "--save", "x.npz"])
+    X.main(["--dit", "dit1/last.pt", "--steps", "2", "--num", "16", "--save", "x.npz"])
     found = fid_scores(capsys, "x.npz", toys.pictures, "--image_size", 32, "--features", toys.teacher)
     assert row["FD"] == pytest.approx(found["FD"], rel=1e-3)        # as those commands find
     images = images_of(toys.pictures)                               # without flips
@@ -958,7 +1024,7 @@ def two(toys, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("two"))
     S1.main(toys.stage1(f"{out}/continued", "--stop_at", 2))
     reset_signals()
-    status, _, errors = run("on_two_processes", toys.folder, out, world=2)
+    status, _, errors = run("on_two_processes", toys.folder, out, world=2, timeout=400)
     assert os.path.exists(f"{out}/gave_up1"), errors
     os.rename(f"{out}/dead.boom", f"{out}/{'failed' if status == 1 else 'passed'}")
     return out
@@ -998,7 +1064,7 @@ def test_two_processes_give_the_scores_of_one(two, toys, capsys):
         assert found["scores"] == pytest.approx(scores_of(toys), rel=1e-4, abs=1e-6)
         assert found["order"].flatten().tolist() == list(range(7))
     with open(f"{two}/fid0.json") as f:
-        both = json.loads(f.read().splitlines()[-1])
+        both = json.load(f)
     one = fid_scores(capsys, f"{two}/two.npz", toys.pictures, "--image_size", 32, "--features", toys.teacher)
     for name in ("FD", "precision", "recall", "n", "n_reference"):
         assert both[name] == pytest.approx(one[name], rel=1e-5), name
@@ -1017,7 +1083,7 @@ def test_two_processes_end_alike(two):
     """Only rank 1 got a signal, a loss that is not finite, an error. What hangs runs out of time."""
     assert load(f"{two}/continued/last.pt")["step"] == 4            # begun by one process
     assert load(f"{two}/left/last.pt")["step"] == 10                # both left, at a row of the log
-    assert os.path.exists(f"{two}/gave_up0") and os.path.exists(f"{two}/gave_up1")
+    assert os.path.exists(f"{two}/gave_up0")
     nan = load(f"{two}/nan/last.pt")
     assert nan["step"] == 3 and all(w.isfinite().all() for w in nan["model"].values())
     assert os.path.exists(f"{two}/failed")
@@ -1077,12 +1143,6 @@ def test_samples_are_decoded_as_the_tokenizer_knows_them():
     assert torch.equal(decoded, z * stats[1] + stats[0])
 
 
-def test_laws_of_t_that_turn_back_are_refused(monkeypatch):
-    for law in (lambda u: 1 - 0.95 * u ** 2, lambda u: 1 - (7.853981634 * u).sin() ** 2):
-        monkeypatch.setattr(T, "sample_time", lambda n, shift, u: law(u))
-        refuses("sample_time", T.time_grid, 50, 2.0)
-
-
 # ---------------------------------------------------------------- training
 
 def test_ablations_train(toys):
@@ -1104,18 +1164,22 @@ def test_ablations_train(toys):
 
 def test_another_data_set(toys, monkeypatch):
     """Arrays in place of open_data: both stages train on them, and score."""
-    data = Data((T.Shapes(32, 24)[i][0], i % 8) for i in range(24))
+    data = Data((T.Shapes(32, 24)[i][0], i % 12) for i in range(24))
+    data.classes = list("abcdefghijkl")
     for stage in (S1, S2):
         monkeypatch.setattr(stage, "open_data", lambda args, size: (data, data))
     S1.main(toys.stage1("tok"))
-    S2.main(toys.stage2("dit", "--tokenizer", "tok/last.pt"))
-    assert load("dit/last.pt")["classes"] == Data.classes
+    with mock.patch.object(S2, "generate", wraps=S2.generate) as generate:
+        S2.main(toys.stage2("dit", "--tokenizer", "tok/last.pt", "--qk_norm"))
+    assert generate.call_args.args[5][:8].tolist() == [0, 1, 3, 4, 6, 7, 9, 10]         # spread over all 12
+    assert load("dit/last.pt")["classes"] == data.classes and load("dit/last.pt")["config"]["qk_norm"]
     assert "probe_z_1.0" in rows_of("tok")[-1]
 
 
 def test_a_law_that_does_not_end_in_noise_is_refused(toys, monkeypatch):
-    """By both trainers, before they train."""
-    for law in (lambda u: 1 - 0.9 * u, lambda u: 0.9 - 0.9 * u, lambda u: u):
+    """Or turns back on its way: by both trainers, before they train."""
+    for law in (lambda u: 1 - 0.9 * u, lambda u: 0.9 - 0.9 * u, lambda u: u,
+                lambda u: 1 - (7.853981634 * u).sin() ** 2):
         monkeypatch.setattr(T, "sample_time", lambda n, shift, u=None, *_, **__: law(u))
         for main, flags in ((S1.main, toys.stage1), (S2.main, toys.stage2)):
             refuses("sample_time", main, flags("out"))
@@ -1134,7 +1198,9 @@ def test_saves_at_least_twenty_times(toys, monkeypatch):
 
 def test_decoder_finetuning(toys):
     """Stage 1b trains on the latents that the DiT reads, those of the EMA encoder, and ships that encoder."""
-    S1.main(toys.stage1("out", "--finetune_decoder", toys.tokenizer))
+    shutil.copy(toys.tokenizer, "tok.pt")
+    S1.main(toys.stage1("out", "--finetune_decoder", "tok.pt", "--stop_at", 2))
+    S1.main(toys.stage1("out", "--finetune_decoder", toys.tokenizer))           # the same by another path
     before, after = load(toys.tokenizer), load("out/last.pt")
     encoder = [name for name in before["model"] if name.startswith("encoder.")]
     assert not all(torch.equal(before["model"][n], before["model_ema"][n]) for n in encoder)
@@ -1145,6 +1211,8 @@ def test_decoder_finetuning(toys):
     tuned = T.load_tokenizer("out/last.pt")
     assert tuned.config.semantic == "none"
     assert T.fingerprint(tuned) == T.fingerprint(T.load_tokenizer(toys.tokenizer))      # one DiT fits both
+    torch.save(before | {"model_ema": before["model"]}, "tok.pt")   # another one where the first was
+    refuses("fingerprint of the tokenizer", S1.main, toys.stage1("out", "--finetune_decoder", "tok.pt"))
 
 
 def test_init_of_a_tokenizer(toys):
@@ -1247,6 +1315,18 @@ def test_a_folder_that_would_move_labels_is_refused():
     for names in ("mixed/0.png.*previews", "gap/b", "whole/train", "empty", "twice/b", "lost/b"):
         refuses(names, T.ImageFolder, names.split("/")[0], 32)
     refuses("nowhere", T.ImageFolder, "nowhere", 32, error=FileNotFoundError)
+
+
+def test_the_folder_val_beside_the_data(toys):
+    """Stage 1 scores on it; stage 2 does not even open it."""
+    shutil.copytree(toys.pictures, "data/train")
+    os.makedirs("data/val/empty")
+    flags = "out", "--data", "data/train", "--stop_at", 1
+    S2.main(toys.stage2(*flags))
+    args = S1.parse(toys.stage1(*flags))
+    refuses("val/empty", S1.open_held_out, args, 32, None)
+    plain("data/val/empty/0.png")
+    assert len(S1.open_held_out(args, 32, None)) == 1
 
 
 def test_deep_and_transparent_pictures():
@@ -1442,7 +1522,7 @@ def fid_scores(capsys, *flags):
     """What `python fid.py ... --json` prints."""
     capsys.readouterr()
     M.main([*map(str, flags), "--json"])
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    return json.loads(capsys.readouterr().out)       # all of stdout
 
 
 def shapes_npz(path, number, noisiness=0):
@@ -1476,11 +1556,27 @@ def test_fid_command(toys, capsys):
     found = fid_scores(capsys, "clean.npz", "folder", *flags)
     assert found["precision"] == found["recall"] == 1
     assert found["n"] == found["n_reference"] == 120
+    with np.load("clean.npz") as clean, np.load(samples) as noisy:
+        np.savez("wide.npz", arr_0=np.concatenate([clean["arr_0"][:40], noisy["arr_0"][:40]]))
+    found = fid_scores(capsys, shapes_npz("few.npz", 40), "wide.npz", *flags)   # they lie in half of it
+    assert found["precision"] == 1 and found["recall"] < 0.9
     # Few images still have a distance; of three there is no third neighbour.
     for number in (3, 4):
         few = shapes_npz("few.npz", number)
         found = fid_scores(capsys, few, few, *flags)
         assert abs(found["FD"]) < 1e-6 and ("precision" in found) == (number == 4)
+
+
+def test_fid_command_on_inception(capsys, monkeypatch):
+    """FID, and IS of ten images or more; Inception, which has its golden numbers, is stood for."""
+    monkeypatch.setattr(M.InceptionV3, "forward",
+                        lambda net, images: (images.float().mean((2, 3)), 99 * torch.eye(len(images), 1008)))
+    for number in (9, 12):
+        few = shapes_npz("few.npz", number)
+        found = fid_scores(capsys, few, few, "--weights", "random")
+        assert abs(found["FID"]) < 1e-6 and found["features"] == "inception (RANDOM)"
+        assert ("IS" in found) == (number == 12)
+    assert (found["IS"], found["IS_std"]) == pytest.approx((1.2, 0.4))          # two of ten parts hold two
 
 
 def test_bad_metric_input_is_named(toys):
@@ -1536,6 +1632,7 @@ def test_eval_only_against_a_reference(toys, monkeypatch):
     M.main(["--save_stats", "ref.npz", shapes_npz("samples.npz", 20), "--features", toys.teacher])
     S1.main(["--tiny", "--eval_only", toys.tokenizer, "--data", toys.pictures, "--features", toys.teacher,
              "--reference", "ref.npz", "--out", "out"])
+    assert M.open_reference("samples.npz", features, 32, 0).keys() == {"mu", "sigma", "n", "name"}
     found = M.collect([features(decoded)])
     assert scores["rFD"] == pytest.approx(M.frechet(found, M.collect([features(images)])), rel=1e-3)
     assert scores["rFD_reference"] == pytest.approx(M.frechet(found, M.read("ref.npz")), rel=1e-3)
@@ -1556,7 +1653,10 @@ def test_pictures(toys):
     usual = draw(toys)
     assert usual.size == (98 * 2, 98 * 4)            # one class a column, 32 px enlarged to 96, a border
     assert draw(toys, "--classes", "1", "two words", "0", "--num", "5").size == (98 * 3, 98 * 2)
-    assert draw(toys, "--trajectory", "--steps", "9").size == (98 * 8, 98 * 2)
+    path, end_of_it = draw(toys, "--trajectory", "--steps", "9"), draw(toys, "--steps", "9", "--num", "2")
+    assert path.size == (98 * 8, 98 * 2)             # one row a sample, and its last column the sample
+    for row in (0, 98):
+        assert path.crop((98 * 7, row, 98 * 8, row + 98)) == end_of_it.crop((row, 0, row + 98, 98))
     guide = "--guide", toys.dit.replace("last.pt", "step_4.pt"), "--cfg", "3"
     guided = draw(toys, "--cfg", "3"), draw(toys, *guide)
     others = draw(toys, "--solver", "heun"), draw(toys, "--seed", "1"), *guided
@@ -1578,14 +1678,21 @@ def test_bad_sampling_input_is_named_before_any_work(toys):
         flag, value = wrong.split()
         refuses(value, X.main, ["--dit", "gone.pt", flag, value])   # the DiT is missed later
     assert os.listdir() == []
-    refuses("guide.pt", draw, toys, "--cfg", "2", "--guide", save("guide.pt", small_dit()))
+    config, other = D.load_dit(toys.dit).config, {"latent_mean": 0, "fingerprint": "another tokenizer's"}
+    for change, more in (({"grid": 8}, {}), ({"channels": 8}, {}), ({"num_classes": 3}, {}), ({}, other)):
+        guide = save("guide.pt", D.DiT(replace(config, **change)), **more)
+        refuses("guide.pt.*other latents or classes", draw, toys, "--cfg", "2", "--guide", guide)
     refuses(toys.dit, draw, toys, "--tokenizer", toys.dit)
 
 
 def test_another_tokenizer(toys):
-    """Found beside a DiT that was moved; another is refused, or a warning where it is named by hand."""
+    """Found beside a DiT that was moved, also where its folder is a link; another is refused, or a warning
+    where it is named by hand."""
     usual = draw(toys)
     shutil.copytree(toys.folder, "there", symlinks=True)
+    os.mkdir("disk")
+    os.rename("there/dit", "disk/dit")
+    os.symlink("../disk/dit", "there/dit")
     file = load("there/dit/last.pt")
     assert draw(toys, "--dit", "there/dit/last.pt") == usual
     S1.main(toys.stage1("there/tok", "--steps", 5))                 # and runs go on
@@ -1623,13 +1730,25 @@ def test_saved_samples_go_on(toys):
     os.remove(f"{folder}/000000.npy")
     np.save(f"{folder}/000128.npy", np.zeros((12, 32, 32, 3), np.uint8))
     assert samples("--steps", "2")[128:].any()
-    file = load("dit.pt")
-    torch.save(file | {"model_ema": {n: 1.1 * w for n, w in file["model_ema"].items()}}, "dit.pt")
-    assert samples()[128:].any()                     # the same path and step
-    torch.save(file, "dit.pt")
     rest = samples()
     assert np.array_equal(rest[:128], whole[:128]) and not rest[128:].any()     # drawn again; kept
     assert sorted(os.listdir()) == ["dit.pt"]
+
+    def place(*more):                                # of the chunks
+        with mock.patch.object(X, "save_all") as save_all:
+            X.main([*flags, *more])
+        return save_all.call_args.args[1]
+
+    file = load("dit.pt")
+    places = [folder, place("--batch", "7")]
+    torch.save(file | {"model_ema": {n: 1.1 * w for n, w in file["model_ema"].items()}}, "dit.pt")
+    places.append(place())                           # the same path and step
+    del file["latent_mean"]                          # as the authors' files
+    torch.save(file, "dit.pt")
+    for std in (1, 2):
+        np.savez("stats.npz", mean=np.zeros(16), std=np.full(16, std))
+        places.append(place("--stats", "stats.npz"))
+    assert places[0] == places[1] and len(set(places)) == 4
 
 
 def test_sampling_reads_the_authors_files(toys, monkeypatch):
@@ -1695,6 +1814,14 @@ def test_help_shows_the_defaults_that_hold(parse, flags, defaults, capsys):
     for name, value in defaults.items():
         assert str(args[name]).removesuffix(".0") == str(value).removesuffix(".0"), name
         assert re.search(rf" --{name} [A-Z{{]\S* .*?\(default: (.*?)\)", said)[1] == str(value), name
+
+
+def test_defaults_that_follow_other_flags():
+    for parse in (S1.parse, S2.parse):
+        args = parse(["--tiny", "--epochs", "0.001"])
+        assert (args.steps, args.epochs, parse(["--tiny"]).steps) == (None, 0.001, 1000)
+    assert S2.parse(["--tiny"]).reference == "shapes"
+    assert S2.parse(["--tiny", "--data", "my_images"]).reference is None
 
 
 def limited():
@@ -1950,6 +2077,15 @@ def test_readme_links_and_commands():
     assert len(ablation) > 30 and len(ablation) % 3 == 0            # of 3 seeds
     for script, *flags in commands + ablation:
         SCRIPTS[script].parse(flags)
+
+
+def test_tables_are_those_of_the_csv(capsys):
+    """Every line that assets/ablation.py prints stands in assets/ablation.md."""
+    runpy.run_path(os.path.join(HERE, "assets", "ablation.py"))["tables"]()
+    with open(os.path.join(HERE, "assets", "ablation.md"), encoding="utf-8") as f:
+        page = f.read().splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10 and [line for line in lines if line not in page] == []
 
 
 def test_readme_first_commands(monkeypatch):
