@@ -17,8 +17,8 @@ KINDS = ("z", "normalised", "semantic")             # what the linear probe read
 COLUMNS = ["psnr", "rFD", *(f"probe_{kind}_{t}" for kind in KINDS for t in TIMES),
            "FD_250", "FD", "FD_cfg", "agreement", "agreement_cfg"]
 GROUPS = [
-    {"baseline": "baseline", "latent": "+ distillation on clean latents", "fsd": "+ FSD", "rad": "+ RAD",
-     "ft": "+ decoder fine-tuning", "latent_ft": "clean latents, decoder fine-tuned"},
+    {"baseline": "baseline", "latent": "+ distillation on clean latents",
+     "latent_ft": "the same, decoder fine-tuned", "fsd": "+ FSD", "rad": "+ RAD", "ft": "+ decoder fine-tuning"},
     {"baseline4": "baseline, C = 4", "baseline": "baseline, C = 16", "baseline32": "baseline, C = 32",
      "baseline64": "baseline, C = 64", "rad4": "RecTok, C = 4", "rad": "RecTok, C = 16",
      "rad32": "RecTok, C = 32", "rad64": "RecTok, C = 64"},

@@ -25,6 +25,10 @@ stage2() {  # NAME
 row() {  # NAME FLAGS...
     grep -qs "^$1,$seed," assets/ablation.csv || { stage1 "$@"; stage2 $1; }
 }
+tuned() {  # FROM NAME FLAGS...: with the decoder fine-tuned on FROM's latents
+    local from=$1 name=$2; shift 2
+    grep -qs "^$name,$seed," assets/ablation.csv || { stage1 $from "$@"; stage1b $from $name; stage2 $name; }
+}
 plain="--gamma 0 --mask_min 0 --mask_max 0"
 for seed in ${@:-0 1 2}; do                  # the ablation: 16 channels
     shift=2
@@ -32,7 +36,8 @@ for seed in ${@:-0 1 2}; do                  # the ablation: 16 channels
     row latent --distill latent $plain
     row fsd --mask_min 0 --mask_max 0
     row rad
-    grep -qs "^ft,$seed," assets/ablation.csv || { stage1 rad; stage1b rad ft; stage2 ft; }
+    tuned rad ft
+    tuned latent latent_ft --distill latent $plain
 done
 for seed in ${@:-0 1 2}; do                  # channels, with shift = sqrt(C / 4)
     shift=1;     row baseline4 --channels 4 --distill none $plain;   row rad4 --channels 4
