@@ -272,9 +272,9 @@ class Features:
         if os.path.isfile(name):                                    # known by its weights, not by its path
             self.name = f"{os.path.basename(name)} {weights_hash(self.net)[:8]}"
             self.head = read_weights(name).get("head")
-        if weights == "random":
+        elif weights == "random":
             warnings.warn(f"{name} with RANDOM weights: its scores mean nothing")
-            self.name += " (RANDOM)"
+            self.name = f"RANDOM {name}"
 
     @exact_float32()
     def __call__(self, images):

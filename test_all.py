@@ -1574,7 +1574,7 @@ def test_fid_command_on_inception(capsys, monkeypatch):
     for number in (9, 12):
         few = shapes_npz("few.npz", number)
         found = fid_scores(capsys, few, few, "--weights", "random")
-        assert abs(found["FID"]) < 1e-6 and found["features"] == "inception (RANDOM)"
+        assert abs(found["FID"]) < 1e-6 and found["features"] == "RANDOM inception"
         assert ("IS" in found) == (number == 12)
     assert (found["IS"], found["IS_std"]) == pytest.approx((1.2, 0.4))          # two of ten parts hold two
 
