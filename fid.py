@@ -105,7 +105,7 @@ def moments(features):
     n = int(number)
     if n < 2 or not outer.isfinite().all():
         raise ValueError(f"{n} images: two with finite features are needed")
-    if n < width:
+    if n < width and this_rank() == 0:
         warnings.warn(f"{n} images for {width} features: the covariance is singular and the Frechet distance "
                       "biased upwards; use more images")
     mu = total / n
@@ -274,7 +274,7 @@ class Features:
             self.head = read_weights(name).get("head")
         elif weights == "random":
             warnings.warn(f"{name} with RANDOM weights: its scores mean nothing")
-            self.name = f"RANDOM {name}"
+            self.name = f"RANDOM_{name}"
 
     @exact_float32()
     def __call__(self, images):

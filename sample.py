@@ -133,8 +133,9 @@ def open_networks(args, device):
         if not all(fits) or len(latents) > 1:
             raise ValueError(f"--guide {args.guide} was trained on other latents or classes than {args.dit}")
     # Where the DiT's own folder says, which may have moved together with the tokenizer's.
-    beside = os.path.join(os.path.dirname(args.dit), extras.get("tokenizer", ""))
-    path = args.tokenizer or os.path.normpath(beside)               # `..` as written, whatever is a link
+    path = args.tokenizer or os.path.join(os.path.dirname(args.dit), extras.get("tokenizer", ""))
+    if not os.path.isfile(path):
+        path = os.path.normpath(path)                               # `..` as written, where out/dit is a link
     try:
         tokenizer = load_tokenizer(path).to(device)
     except FileNotFoundError as error:

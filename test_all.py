@@ -1574,12 +1574,15 @@ def test_fid_command_on_inception(capsys, monkeypatch):
     for number in (9, 12):
         few = shapes_npz("few.npz", number)
         found = fid_scores(capsys, few, few, "--weights", "random")
-        assert abs(found["FID"]) < 1e-6 and found["features"] == "RANDOM inception"
+        assert abs(found["FID"]) < 1e-6 and found["features"] == "RANDOM_inception"
         assert ("IS" in found) == (number == 12)
     assert (found["IS"], found["IS_std"]) == pytest.approx((1.2, 0.4))          # two of ten parts hold two
 
 
 def test_bad_metric_input_is_named(toys):
+    inception = SimpleNamespace(name="inception", net=SimpleNamespace(width=2))
+    side = {"path": "ref.npz", "mu": np.zeros(2), "sigma": np.eye(2), "features": "RANDOM_inception"}
+    refuses("ref.npz.*RANDOM", M.measure, inception, side, 64, 0)
     good = np.zeros((4, 8, 8, 3), np.uint8)
     np.savez("empty.npz", x=good)
     np.savez("float.npz", arr_0=good / 255)
@@ -1695,6 +1698,8 @@ def test_another_tokenizer(toys):
     os.symlink("../disk/dit", "there/dit")
     file = load("there/dit/last.pt")
     assert draw(toys, "--dit", "there/dit/last.pt") == usual
+    os.symlink(os.path.dirname(toys.dit), "elsewhere")              # or that link stands elsewhere
+    assert draw(toys, "--dit", "elsewhere/last.pt") == usual
     S1.main(toys.stage1("there/tok", "--steps", 5))                 # and runs go on
     assert load("there/tok/last.pt")["step"] == 5
     os.rename("there/tok", "there/elsewhere")

@@ -189,7 +189,7 @@ def main(argv=None):
             bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         if run.leave:
             break
-    return run.leave
+    return run.leave or run.signalled is not None                   # if only during the last scores
 
 
 def score_samples(draw_samples, cfg, total, num_classes, features, reference):

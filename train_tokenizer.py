@@ -237,6 +237,7 @@ def parse(argv=None):
         p.error("--finetune_decoder trains a checkpoint's decoder alone: no --init, --eval_only, --distill")
     if args.random_weights:
         args.weights = "random"
+    args.random_weights = args.weights == "random"                  # either says it
     return args
 
 
@@ -376,7 +377,7 @@ def main(argv=None):
             bar.set_postfix(loss=f"{row['loss']:.4f}", pixel=f"{row['pixel']:.4f}", refresh=False)
         if run.leave:
             break
-    return run.leave
+    return run.leave or run.signalled is not None                   # if only during the last scores
 
 
 def tokenizer_config(args):
@@ -754,7 +755,7 @@ def split_batch(args):
 
 
 def open_data(args, size):
-    """-> training images with flips, and the same without.
+    """-> training images with flips, and the same without. Held-out ones come from open_held_out.
 
     A data set has a length, `classes` (names), and [i] -> a uint8 tensor (3, size, size), an int label; the
     first also [(epoch, i)], for flips that change with the epoch.
@@ -992,10 +993,10 @@ def resume(args, data, mark=None):
     if file:
         if not {"step", "args", "optimizer", "classes"} <= file.keys():
             raise ValueError(f"{path} does not hold all that is needed to go on: use its weights with --init")
+        latents = "fingerprint of the tokenizer (--tokenizer or --finetune_decoder)"
         before = file["args"] | {"images": file["images"], "classes": file["classes"],
-                                 "fingerprint of the tokenizer": file.get("fingerprint", mark)}
-        now = vars(args) | {"images": len(data), "classes": list(data.classes),
-                            "fingerprint of the tokenizer": mark}
+                                 latents: file.get("fingerprint", mark)}
+        now = vars(args) | {"images": len(data), "classes": list(data.classes), latents: mark}
         changed = [k for k in now if before.get(k, now[k]) != now[k]]
         wrong = [f"{k}: was {before[k]}, now {now[k]}"[:200] for k in changed if k not in MAY_DIFFER]
         if wrong:
