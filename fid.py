@@ -80,10 +80,18 @@ def precision_recall(real, fake, k=3, block=2000):
     fakes inside the reals' k-NN balls; recall: the reverse. Blockwise: never all distances at once."""
 
     def radii(x):  # to the k-th neighbour, itself left out
-        return torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(block)])
+        found = []
+        for part in x.split(block):
+            distances = torch.cdist(part, x)
+            found.append(distances.kthvalue(k + 1).values)
+        return torch.cat(found)
 
     def inside(x, centres, radius):
-        return torch.cat([(torch.cdist(part, centres) <= radius).any(1) for part in x.split(block)])
+        found = []
+        for part in x.split(block):
+            distances = torch.cdist(part, centres)
+            found.append((distances <= radius).any(1))
+        return torch.cat(found)
 
     real, fake = real.float(), fake.float()
     precision = inside(fake, real, radii(real))
@@ -177,13 +185,15 @@ def frechet(one, other):
 
 def psnr(a, b):
     """Peak signal-to-noise ratio of [0, 1] images (B, 3, H, W), in dB: (B,)."""
-    return -10 * ((a - b) ** 2).mean((1, 2, 3)).clamp(min=1e-10).log10()
+    mse = ((a - b) ** 2).mean((1, 2, 3))
+    return -10 * mse.clamp(min=1e-10).log10()
 
 
 def ssim(a, b):
     """Structural similarity (Wang et al. 2004) of [0, 1] images of at least 11 px, 11 x 11 Gaussian window,
     sigma 1.5: (B,)."""
-    g = torch.exp(-(torch.arange(11, device=a.device) - 5.0) ** 2 / (2 * 1.5 ** 2))
+    distance = torch.arange(11, device=a.device) - 5.0              # from the window's centre
+    g = torch.exp(-distance ** 2 / (2 * 1.5 ** 2))
     window = (g[:, None] * g / g.sum() ** 2).expand(3, 1, 11, 11)
 
     def blur(x):

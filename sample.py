@@ -164,11 +164,11 @@ def open_statistics(args, model, tokenizer, device):
                          "it does not exist yet the training images as --data, to compute them")
     if not there:
         batches = local_batches(ImageFolder(args.data, tokenizer.config.image_size), args.batch, cores())
-        stats = latent_statistics(tokenizer, batches, of_means=True)
+        mean, std = latent_statistics(tokenizer, batches, of_means=True)
         if this_rank() == 0:
             with atomic(args.stats) as f:
-                np.savez(f, mean=stats[0].cpu(), std=stats[1].cpu(), fingerprint=fingerprint(tokenizer))
-        return stats
+                np.savez(f, mean=mean.cpu(), std=std.cpu(), fingerprint=fingerprint(tokenizer))
+        return mean, std
     with naming(args.stats, f"an npz with the mean and std of {model.config.channels} channels"):
         with np.load(args.stats) as file:
             stats = torch.from_numpy(np.stack([file["mean"], file["std"]])).float()
@@ -192,7 +192,8 @@ def class_number(asked, path, model):
 def save_all(path, folder, labels, draw_samples):
     """All samples into an npz. Finished chunks lie in a folder: the same command goes on after a stop."""
     os.makedirs(folder, exist_ok=True)
-    chunks = [range(k, min(len(labels), k + 128)) for k in range(0, len(labels), 128)]
+    everything = range(len(labels))
+    chunks = [everything[k:k + 128] for k in range(0, len(labels), 128)]
     parts = [os.path.join(folder, f"{chunk[0]:06d}.npy") for chunk in chunks]
     for k in progress_bar(range(this_rank(), len(chunks), world_size()), desc="sample"):
         if not os.path.exists(parts[k]):

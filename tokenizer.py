@@ -480,7 +480,8 @@ class DINO(nn.Module):
             before.append(self.cls_token if self.version == 3 else self.cls_token + self.pos_embed[:, :1])
         if self.registers is not None:
             before.append(self.registers)
-        x = torch.cat([tokens.expand(len(x), -1, -1) for tokens in (*before, x)], dim=1)
+        before = [token.expand(len(x), -1, -1) for token in before]
+        x = torch.cat([*before, x], dim=1)
         first = x.shape[1] - grid ** 2                              # the first patch
         rope = self.rope(grid, first) if self.version == 3 else None
         for block in self.blocks:
@@ -517,15 +518,18 @@ class DINO(nn.Module):
 
     def load_published(self, state, path="the teacher's file"):
         """Takes the published names; for DINOv3 also those of transformers and of timm. Returns itself."""
+        def neighbours(w):
+            """DINOv3's RoPE pairs channel i of a head with i + d/2, ours pairs neighbours: reordered once."""
+            halves = w.unflatten(0, (self.heads, 2, -1))
+            return halves.transpose(1, 2).flatten(0, 2)
+
         state = published_names(state)
         for name in [n for n in state if self.version == 3 and n.endswith("attn.qkv.weight")]:
             bias = name.replace("weight", "bias")
             state.setdefault(bias, torch.zeros(len(state[name])))   # timm's files have none
-            # Its RoPE pairs channel i with i + d/2, ours pairs neighbours: reorder q and k once, here.
             for n in (name, bias):
                 q, k, v = state[n].chunk(3)
-                q, k = (w.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).flatten(0, 2) for w in (q, k))
-                state[n] = torch.cat([q, k, v])
+                state[n] = torch.cat([neighbours(q), neighbours(k), v])
             state[bias].chunk(3)[1].zero_()                         # DINOv3 masks the bias of the keys
         return load_named(self, state, path)
 

@@ -867,7 +867,8 @@ class Run:
         for name, value in values.items():
             value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
             finite = value.isfinite()
-            self.sums[name] = self.sums.get(name, 0) + torch.stack([value.where(finite, 0), finite])
+            sum_and_number = torch.stack([value.where(finite, 0), finite])
+            self.sums[name] = self.sums.get(name, 0) + sum_and_number
 
     def check(self, norms):
         """{name: gradient norm} -> 1 where one is not finite, else 0: a number on the device, for step_at.
@@ -949,7 +950,8 @@ def curves(out):
     rows = read_log(out)
     panels = {}
     for name in sorted(set().union(*rows) - {"step", "epoch"}):
-        line = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+        known = [row for row in rows if math.isfinite(row.get(name, math.nan))]
+        line = [(row["step"], row[name]) for row in known]
         if len({value for _, value in line}) > 1:
             panels[name] = {"": line}
     if panels:
